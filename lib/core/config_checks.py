@@ -1,0 +1,188 @@
+"""Combinations of config keys that cannot work, a sentence for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from core.attr_dict import AttrDict
+
+SOLVER_TYPES = ("SGD", "Adam", "AdamW")
+LR_POLICIES = ("step", "steps_with_decay", "steps_with_lrs", "cosine_decay", "exp_decay")
+WARM_UP_METHODS = ("constant", "linear")
+ROI_XFORM_METHODS = ("RoIPoolF", "RoICrop", "RoIAlign")
+CONV_INITS = ("GaussianFill", "MSRAFill")
+
+
+def config_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
+    """Say what in `cfg` cannot work; nothing for a good config.
+
+    Args:
+        cfg: the config after inference.
+        complete: no key will be set later (so MODEL.NUM_CLASSES must be known).
+    """
+    yield from _choice_problems(cfg)
+    yield from _data_problems(cfg)
+    yield from _schedule_problems(cfg)
+    yield from _pyramid_problems(cfg)
+    if cfg.MODEL.CONV_BODY:
+        yield from _model_problems(cfg, complete)
+        yield from _group_norm_problems(cfg)
+
+
+def _choice_problems(cfg: AttrDict) -> Iterator[str]:
+    choices = {
+        "SOLVER.TYPE": (cfg.SOLVER.TYPE, SOLVER_TYPES),
+        "SOLVER.LR_POLICY": (cfg.SOLVER.LR_POLICY, LR_POLICIES),
+        "SOLVER.WARM_UP_METHOD": (cfg.SOLVER.WARM_UP_METHOD, WARM_UP_METHODS),
+        "FAST_RCNN.ROI_XFORM_METHOD": (cfg.FAST_RCNN.ROI_XFORM_METHOD, ROI_XFORM_METHODS),
+        "MRCNN.ROI_XFORM_METHOD": (cfg.MRCNN.ROI_XFORM_METHOD, ROI_XFORM_METHODS),
+        "KRCNN.ROI_XFORM_METHOD": (cfg.KRCNN.ROI_XFORM_METHOD, ROI_XFORM_METHODS),
+        "MRCNN.CONV_INIT": (cfg.MRCNN.CONV_INIT, CONV_INITS),
+        "KRCNN.CONV_INIT": (cfg.KRCNN.CONV_INIT, CONV_INITS),
+        "RPN.CLS_ACTIVATION": (cfg.RPN.CLS_ACTIVATION, ("sigmoid", "softmax")),
+        "RESNETS.FREEZE_AT": (cfg.RESNETS.FREEZE_AT, (0, 2, 3, 4, 5)),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            yield f"{key} is {value} but must be one of {', '.join(map(str, allowed))}"
+
+
+def _data_problems(cfg: AttrDict) -> Iterator[str]:
+    train = cfg.TRAIN
+    if not train.SCALES:
+        yield "TRAIN.SCALES is empty; give at least one length of the shorter image side"
+    for key, value in {
+        "TRAIN.SCALES": min(train.SCALES, default=1),
+        "TRAIN.MAX_SIZE": train.MAX_SIZE,
+        "TEST.SCALE": cfg.TEST.SCALE,
+        "TEST.MAX_SIZE": cfg.TEST.MAX_SIZE,
+        "TRAIN.IMS_PER_BATCH": train.IMS_PER_BATCH,
+        "TRAIN.BATCH_SIZE_PER_IM": train.BATCH_SIZE_PER_IM,
+        "NUM_GPUS": cfg.NUM_GPUS,
+    }.items():
+        if value < 1:
+            yield f"{key} must be at least 1, not {value}"
+    if train.BG_THRESH_LO > train.BG_THRESH_HI:
+        yield (
+            f"TRAIN.BG_THRESH_LO ({train.BG_THRESH_LO}) must not exceed "
+            f"TRAIN.BG_THRESH_HI ({train.BG_THRESH_HI})"
+        )
+    if train.RPN_NEGATIVE_OVERLAP > train.RPN_POSITIVE_OVERLAP:
+        yield (
+            f"TRAIN.RPN_NEGATIVE_OVERLAP ({train.RPN_NEGATIVE_OVERLAP}) must not exceed "
+            f"TRAIN.RPN_POSITIVE_OVERLAP ({train.RPN_POSITIVE_OVERLAP})"
+        )
+    if train.ASPECT_CROPPING and not 0 < train.ASPECT_LO <= train.ASPECT_HI:
+        yield (
+            f"TRAIN.ASPECT_LO ({train.ASPECT_LO}) must be positive and must not exceed "
+            f"TRAIN.ASPECT_HI ({train.ASPECT_HI})"
+        )
+    if cfg.PIXEL_MEANS.size != 3:
+        yield f"PIXEL_MEANS must hold three numbers, not {cfg.PIXEL_MEANS.size}"
+
+
+def _schedule_problems(cfg: AttrDict) -> Iterator[str]:
+    solver = cfg.SOLVER
+    if solver.LR_POLICY in ("steps_with_decay", "steps_with_lrs"):
+        steps = list(solver.STEPS)
+        if not steps or steps[0] != 0 or steps != sorted(steps):
+            yield (
+                f"SOLVER.LR_POLICY {solver.LR_POLICY} needs SOLVER.STEPS to rise from 0, "
+                f"such as [0, 60000, 80000], not {steps}"
+            )
+        if solver.LR_POLICY == "steps_with_lrs" and len(solver.LRS) != len(steps):
+            yield (
+                f"SOLVER.LR_POLICY steps_with_lrs needs one rate in SOLVER.LRS "
+                f"({len(solver.LRS)}) for each of SOLVER.STEPS ({len(steps)})"
+            )
+    if solver.LR_POLICY == "step" and solver.STEP_SIZE < 1:
+        yield f"SOLVER.STEP_SIZE must be at least 1, not {solver.STEP_SIZE}"
+
+
+def _pyramid_problems(cfg: AttrDict) -> Iterator[str]:
+    fpn, body = cfg.FPN, cfg.MODEL.CONV_BODY
+    for key in ("MULTILEVEL_ROIS", "MULTILEVEL_RPN"):
+        if fpn[key] and not fpn.FPN_ON:
+            yield f"FPN.{key} needs a feature pyramid: set FPN.FPN_ON True and an FPN.* CONV_BODY"
+    if fpn.FPN_ON and body.startswith("ResNet."):
+        yield f"FPN.FPN_ON needs a backbone with a pyramid, but MODEL.CONV_BODY is {body}"
+    for low, high in (("ROI_MIN_LEVEL", "ROI_MAX_LEVEL"), ("RPN_MIN_LEVEL", "RPN_MAX_LEVEL")):
+        if fpn[low] > fpn[high]:
+            yield f"FPN.{low} ({fpn[low]}) must not exceed FPN.{high} ({fpn[high]})"
+
+
+def _model_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
+    model = cfg.MODEL
+    known = model.NUM_CLASSES != -1
+    if not model.RPN_ONLY and (model.NUM_CLASSES < 2 if known else complete):
+        yield (
+            f"MODEL.NUM_CLASSES is {model.NUM_CLASSES} but must count the classes with the "
+            "background; it comes from the data set, or set it"
+        )
+    if model.RPN_ONLY and (model.FASTER_RCNN or model.MASK_ON or model.KEYPOINTS_ON):
+        yield "MODEL.RPN_ONLY excludes MODEL.FASTER_RCNN, MODEL.MASK_ON and MODEL.KEYPOINTS_ON"
+    if not model.RPN_ONLY and not cfg.RETINANET.RETINANET_ON and not cfg.FAST_RCNN.ROI_BOX_HEAD:
+        yield "FAST_RCNN.ROI_BOX_HEAD is empty; name a box head or set MODEL.RPN_ONLY True"
+    if model.MASK_ON and not cfg.MRCNN.ROI_MASK_HEAD:
+        yield "MODEL.MASK_ON needs a mask head: set MRCNN.ROI_MASK_HEAD"
+    if model.KEYPOINTS_ON and not cfg.KRCNN.ROI_KEYPOINTS_HEAD:
+        yield "MODEL.KEYPOINTS_ON needs a key point head: set KRCNN.ROI_KEYPOINTS_HEAD"
+    if model.SHARE_RES5 and not cfg.FAST_RCNN.ROI_BOX_HEAD.endswith("roi_conv5_head"):
+        yield (
+            f"MRCNN.ROI_MASK_HEAD {cfg.MRCNN.ROI_MASK_HEAD} shares its res5 with the box head, "
+            f"but FAST_RCNN.ROI_BOX_HEAD {cfg.FAST_RCNN.ROI_BOX_HEAD} has none"
+        )
+    if cfg.TEST.PRECOMPUTED_PROPOSALS:
+        yield from _proposal_file_problems(cfg)
+    needs_weights = model.LOAD_IMAGENET_PRETRAINED_WEIGHTS and "ResNet" in model.CONV_BODY
+    if needs_weights and not cfg.RESNETS.IMAGENET_PRETRAINED_WEIGHTS:
+        yield (
+            "RESNETS.IMAGENET_PRETRAINED_WEIGHTS is empty; name the weights' file, or do without "
+            "by MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS False"
+        )
+
+
+def _proposal_file_problems(cfg: AttrDict) -> Iterator[str]:
+    for split in ("TRAIN", "TEST"):
+        datasets, files = cfg[split].DATASETS, cfg[split].PROPOSAL_FILES
+        if datasets and len(files) != len(datasets):
+            yield (
+                f"without an RPN (MODEL.FASTER_RCNN False) {split}.PROPOSAL_FILES must name one "
+                f"file for each of the {len(datasets)} {split}.DATASETS, not {len(files)}"
+            )
+
+
+def _group_norm_problems(cfg: AttrDict) -> Iterator[str]:
+    per_group, groups = cfg.GROUP_NORM.DIM_PER_GP, cfg.GROUP_NORM.NUM_GROUPS
+    widths = _normalised_widths(cfg)
+    if not widths:
+        return
+    if (per_group > 0) == (groups > 0):
+        yield (
+            f"set one of GROUP_NORM.DIM_PER_GP ({per_group}) and GROUP_NORM.NUM_GROUPS "
+            f"({groups}) and make the other -1"
+        )
+        return
+    key, divisor = ("DIM_PER_GP", per_group) if per_group > 0 else ("NUM_GROUPS", groups)
+    for source, width in widths.items():
+        if width % divisor:
+            yield f"{source} gives {width} channels, which GROUP_NORM.{key} {divisor} cannot divide"
+
+
+def _normalised_widths(cfg: AttrDict) -> dict[str, int]:
+    """Config key -> smallest number of channels that it sends through group normalisation."""
+    resnets = cfg.RESNETS
+    widths = {}
+    if "ResNet" in cfg.MODEL.CONV_BODY:
+        if resnets.STEM_FUNC == "basic_gn_stem":
+            widths["RESNETS.STEM_OUT_CHANNELS"] = resnets.STEM_OUT_CHANNELS
+        if resnets.TRANS_FUNC == "bottleneck_gn_transformation":
+            widths["RESNETS.WIDTH_PER_GROUP"] = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP
+            widths["RESNETS.RES2_OUT_CHANNELS"] = resnets.RES2_OUT_CHANNELS
+    if cfg.FPN.FPN_ON and cfg.FPN.USE_GN:
+        widths["FPN.DIM"] = cfg.FPN.DIM
+    if cfg.FAST_RCNN.ROI_BOX_HEAD.endswith("_gn_head"):
+        widths["FAST_RCNN.CONV_HEAD_DIM"] = cfg.FAST_RCNN.CONV_HEAD_DIM
+    if cfg.MODEL.MASK_ON and cfg.MRCNN.ROI_MASK_HEAD.endswith("_gn"):
+        widths["MRCNN.DIM_REDUCED"] = cfg.MRCNN.DIM_REDUCED
+    return widths
