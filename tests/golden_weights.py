@@ -1,7 +1,8 @@
-"""Models and configs as the golden values' authors built them (`golden/README.md`, "Weight recipe").
+"""Models and configs as the golden values' authors built them (`golden/README.md`, "Weight
+recipe").
 
-The weights depend on nothing but the names and shapes of the Detectron blobs, so that every number of
-`golden/model` and `golden/tta` can be reproduced without any weight file.
+The weights depend on nothing but the names and shapes of the Detectron blobs, so that every number
+of `golden/model` and `golden/tta` can be reproduced without any weight file.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def recipe(shared: Path) -> dict:
 def golden_cfg(job: str, shared: Path, opts: list | None = None):
     """Load the global config of a golden job; returns `cfg`, mutable and inferred.
 
-    `opts` ([key, value, ...]) are merged last, as `--set` does. The caller restores the config (fixture `cfg`).
+    `opts` ([key, value, ...]) are merged last, as `--set` does. The caller restores the config
+    (fixture `cfg`).
     """
     from core.config import (
         assert_and_infer_cfg,
