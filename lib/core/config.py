@@ -193,7 +193,8 @@ def _coerce(new: Any, old: Any, key: str, source: str) -> Any:
 
 
 def _type_name(value: Any) -> str:
-    return "a float" if isinstance(value, float) else f"a {type(value).__name__}"
+    name = "float" if isinstance(value, float) else type(value).__name__
+    return f"an {name}" if name == "int" else f"a {name}"
 
 
 def _shown(value: Any) -> str:
