@@ -1,0 +1,7 @@
+"""Layers that torch lacks, initialisers, and the custom DataParallel (`import nn as mynn`)."""
+
+from nn import init
+from nn.affine import AffineChannel2d, conv_norm
+from nn.parallel import DataParallel
+
+__all__ = ["AffineChannel2d", "DataParallel", "conv_norm", "init"]

@@ -1,0 +1,116 @@
+"""Feature pyramid on a residual network (`FPN.fpn_ResNet50_conv5_body` in `MODEL.CONV_BODY`)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import nn as mynn
+from core.config import cfg
+from modeling import ResNet
+from modeling.blobs import conv_norm_blobs, layer_blobs
+
+LOWEST_BACKBONE_LVL = 2  # res2, stride 4
+HIGHEST_BACKBONE_LVL = 5  # res5, stride 32
+
+
+def fpn_ResNet50_conv5_body() -> fpn:
+    return fpn(ResNet.ResNet50_conv5_body)
+
+
+def fpn_ResNet101_conv5_body() -> fpn:
+    return fpn(ResNet.ResNet101_conv5_body)
+
+
+def fpn_ResNet152_conv5_body() -> fpn:
+    return fpn(ResNet.ResNet152_conv5_body)
+
+
+def get_min_max_levels() -> tuple[int, int]:
+    """Finest and coarsest pyramid level that the RPN or the RoI heads use."""
+    levels = []
+    if cfg.FPN.MULTILEVEL_RPN:
+        levels += [cfg.FPN.RPN_MIN_LEVEL, cfg.FPN.RPN_MAX_LEVEL]
+    if cfg.FPN.MULTILEVEL_ROIS:
+        levels += [cfg.FPN.ROI_MIN_LEVEL, cfg.FPN.ROI_MAX_LEVEL]
+    return (min(levels), max(levels)) if levels else (LOWEST_BACKBONE_LVL, HIGHEST_BACKBONE_LVL)
+
+
+class fpn(nn.Module):
+    """Top-down pyramid with lateral connections (Lin et al. 2017).
+
+    `forward` maps images (N, 3, H, W) to a list of (N, FPN.DIM, H / s, W / s), coarse to fine;
+    with a level 6 its first entry is P5 subsampled by 2.
+
+    Attributes:
+        dim_out: channels of every level.
+        spatial_scale: list, output size over input size of each level, coarse to fine.
+    """
+
+    def __init__(self, conv_body_func) -> None:
+        super().__init__()
+        self.min_level, self.max_level = get_min_max_levels()
+        self.dim_out = cfg.FPN.DIM
+        self.conv_body = conv_body_func()
+        # Channels of the backbone's stages in use, coarse to fine.
+        dims = self.conv_body.stage_dims[::-1][: HIGHEST_BACKBONE_LVL + 1 - self.min_level]
+        self.conv_top = _conv_norm(dims[0], self.dim_out, 1)
+        self.topdown_lateral_modules = nn.ModuleList(
+            topdown_lateral_module(dim, self.dim_out) for dim in dims[1:]
+        )
+        self.posthoc_modules = nn.ModuleList(_conv_norm(self.dim_out, self.dim_out, 3) for _ in dims)
+        self.spatial_scale = [1.0 / 2**k for k in range(self.max_level, self.min_level - 1, -1)]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        stages = self.conv_body.stages(x)[::-1]
+        top = self.conv_top(stages[0])
+        inner = [top]
+        for module, lateral in zip(self.topdown_lateral_modules, stages[1:], strict=False):
+            inner.append(module(inner[-1], lateral))
+        out = [module(x) for module, x in zip(self.posthoc_modules, inner, strict=True)]
+        if self.max_level == HIGHEST_BACKBONE_LVL + 1:
+            out.insert(0, F.max_pool2d(out[0], kernel_size=1, stride=2))
+        return out
+
+    def detectron_weight_mapping(self) -> tuple[dict[str, str], list[str]]:
+        body_mapping, orphans = self.conv_body.detectron_weight_mapping()
+        mapping = {f"conv_body.{name}": blob for name, blob in body_mapping.items()}
+        # Detectron names a stage's output by its last block: res5_2_sum, res4_5_sum, …
+        counts = list(enumerate(self.conv_body.block_counts, start=2))[::-1]
+        sums = [f"res{stage}_{count - 1}_sum" for stage, count in counts]
+        mapping |= _module_blobs("conv_top", f"fpn_inner_{sums[0]}")
+        for i in range(len(self.topdown_lateral_modules)):
+            lateral = f"topdown_lateral_modules.{i}.conv_lateral"
+            mapping |= _module_blobs(lateral, f"fpn_inner_{sums[i + 1]}_lateral")
+        for i in range(len(self.posthoc_modules)):
+            mapping |= _module_blobs(f"posthoc_modules.{i}", f"fpn_{sums[i]}")
+        return mapping, orphans
+
+
+class topdown_lateral_module(nn.Module):
+    """Nearest-neighbour upsampling by 2 of the coarser level plus a 1x1 of the finer stage."""
+
+    def __init__(self, dim_lateral: int, dim_out: int) -> None:
+        super().__init__()
+        self.conv_lateral = _conv_norm(dim_lateral, dim_out, 1)
+        if cfg.FPN.ZERO_INIT_LATERAL:
+            conv = self.conv_lateral[0] if cfg.FPN.USE_GN else self.conv_lateral
+            nn.init.zeros_(conv.weight)
+
+    def forward(self, top: Tensor, lateral: Tensor) -> Tensor:
+        return self.conv_lateral(lateral) + F.interpolate(top, scale_factor=2, mode="nearest")
+
+
+def _conv_norm(dim_in: int, dim_out: int, kernel: int) -> nn.Module:
+    conv = nn.Conv2d(dim_in, dim_out, kernel, padding=kernel // 2, bias=not cfg.FPN.USE_GN)
+    mynn.init.XavierFill(conv.weight.data)
+    if cfg.FPN.USE_GN:
+        return nn.Sequential(conv, ResNet.group_norm(dim_out))
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _module_blobs(module: str, blob: str) -> dict[str, str]:
+    if cfg.FPN.USE_GN:
+        return conv_norm_blobs(f"{module}.0", f"{module}.1", blob, f"{blob}_gn")
+    return layer_blobs(module, blob)

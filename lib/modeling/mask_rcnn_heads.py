@@ -1,0 +1,190 @@
+"""Mask heads: features of pooled RoIs at mask resolution, and the mask predictor.
+
+A head is a class `(dim_in, roi_xform_func, spatial_scale)` with `dim_out`,
+`detectron_weight_mapping()` and `forward(x, rpn_ret) -> (R, dim_out, M, M)`;
+`rpn_ret['mask_rois']` is (R, 5). Configs name it in `MRCNN.ROI_MASK_HEAD`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import nn as mynn
+from core.config import cfg
+from modeling.blobs import conv_norm_blobs, layer_blobs
+from modeling.ResNet import group_norm, roi_res5_stage, stage_blobs
+
+
+class mask_rcnn_outputs(nn.Module):
+    """A 1x1 convolution to one mask a class (or one in all when class-agnostic)."""
+
+    def __init__(self, dim_in: int) -> None:
+        super().__init__()
+        num_masks = cfg.MODEL.NUM_CLASSES if cfg.MRCNN.CLS_SPECIFIC_MASK else 1
+        self.classify = nn.Conv2d(dim_in, num_masks, 1)
+        init = mynn.init.conv_fill(cfg.MRCNN.CONV_INIT if num_masks > 1 else "GaussianFill", 0.001)
+        init(self.classify.weight.data)
+        nn.init.zeros_(self.classify.bias)
+
+    def detectron_weight_mapping(self) -> tuple[dict[str, str], list[str]]:
+        return layer_blobs("classify", "mask_fcn_logits"), []
+
+    def of_class(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Logits (R, M, M) of one class an RoI: features x (R, D, M, M), labels (R,) int64.
+
+        The predictor's other rows are not computed: in training only one of them has a loss.
+        """
+        if self.classify.out_channels == 1:
+            return self.classify(x).squeeze(1).float()
+        weight = self.classify.weight[:, :, 0, 0][labels].to(x.dtype)
+        logits = torch.bmm(weight.unsqueeze(1), x.flatten(2)).view(len(x), *x.shape[2:])
+        return logits.float() + self.classify.bias[labels].view(-1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Probabilities (R, C or 1, M, M) of features x (R, D, M, M)."""
+        return self.classify(x).float().sigmoid()
+
+
+def mask_rcnn_loss(logits: Tensor, targets: Tensor, valid: Tensor, weight: float) -> Tensor:
+    """`loss_mask`: binary cross entropy, mean over the pixels of the valid RoIs, times `weight`.
+
+    Args:
+        logits: (R, M, M) of each RoI's class; targets: (R, M, M) in {0, 1}; valid: (R,) bool.
+    """
+    per_pixel = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+    used = valid.float()
+    pixels = (used.sum() * targets[0].numel()).clamp(min=1) if len(targets) else 1
+    return weight * (per_pixel * used.view(-1, 1, 1)).sum() / pixels
+
+
+class _MaskHead(nn.Module):
+    """RoI pooling as MRCNN.* asks, in front of a subclass's layers."""
+
+    def __init__(self, roi_xform_func, spatial_scale) -> None:
+        super().__init__()
+        self.roi_xform = roi_xform_func
+        self.spatial_scale = spatial_scale
+
+    def pool(self, x, rpn_ret) -> Tensor:
+        return self.roi_xform(
+            x,
+            rpn_ret,
+            blob_rois="mask_rois",
+            method=cfg.MRCNN.ROI_XFORM_METHOD,
+            resolution=cfg.MRCNN.ROI_XFORM_RESOLUTION,
+            spatial_scale=self.spatial_scale,
+            sampling_ratio=cfg.MRCNN.ROI_XFORM_SAMPLING_RATIO,
+        )
+
+
+class mask_rcnn_fcn_head_v1upXconvs(_MaskHead):
+    """`num_convs` 3x3 convolutions and a 2x2 deconvolution with stride 2, all with ReLU."""
+
+    num_convs: int
+    use_gn = False
+
+    def __init__(self, dim_in: int, roi_xform_func, spatial_scale) -> None:
+        super().__init__(roi_xform_func, spatial_scale)
+        self.dim_out = cfg.MRCNN.DIM_REDUCED
+        fill = mynn.init.conv_fill(cfg.MRCNN.CONV_INIT, 0.001)
+        # The GN head pads by the dilation but does not dilate, as Detectron's.
+        padding = cfg.MRCNN.DILATION
+        dilation = 1 if self.use_gn else cfg.MRCNN.DILATION
+        layers: list[nn.Module] = []
+        for _ in range(self.num_convs):
+            conv = nn.Conv2d(
+                dim_in,
+                self.dim_out,
+                3,
+                padding=padding,
+                dilation=dilation,
+                bias=not self.use_gn,
+            )
+            fill(conv.weight.data)
+            if self.use_gn:
+                layers += [conv, group_norm(self.dim_out), nn.ReLU(inplace=True)]
+            else:
+                nn.init.zeros_(conv.bias)
+                layers += [conv, nn.ReLU(inplace=True)]
+            dim_in = self.dim_out
+        self.conv_fcn = nn.Sequential(*layers)
+        self.upconv = nn.ConvTranspose2d(dim_in, self.dim_out, 2, stride=2)
+        fill(self.upconv.weight.data)
+        nn.init.zeros_(self.upconv.bias)
+
+    def detectron_weight_mapping(self) -> tuple[dict[str, str], list[str]]:
+        mapping = layer_blobs("upconv", "conv5_mask")
+        for i in range(self.num_convs):
+            if self.use_gn:
+                conv, norm, blob = f"conv_fcn.{3 * i}", f"conv_fcn.{3 * i + 1}", f"_mask_fcn{i + 1}"
+                mapping |= conv_norm_blobs(conv, norm, blob, f"{blob}_gn")
+            else:
+                mapping |= layer_blobs(f"conv_fcn.{2 * i}", f"_[mask]_fcn{i + 1}")
+        return mapping, []
+
+    def forward(self, x, rpn_ret) -> Tensor:
+        return F.relu_(self.upconv(self.conv_fcn(self.pool(x, rpn_ret))))
+
+
+class mask_rcnn_fcn_head_v1up4convs(mask_rcnn_fcn_head_v1upXconvs):
+    num_convs = 4
+
+
+class mask_rcnn_fcn_head_v1up(mask_rcnn_fcn_head_v1upXconvs):
+    num_convs = 2
+
+
+class mask_rcnn_fcn_head_v1up4convs_gn(mask_rcnn_fcn_head_v1upXconvs):
+    num_convs = 4
+    use_gn = True
+
+
+class _Res5MaskHead(_MaskHead):
+    """A res5 stage and a 2x2 deconvolution with stride 2 (C4 models)."""
+
+    def __init__(self, dim_in: int, roi_xform_func, spatial_scale, conv_init: str) -> None:
+        super().__init__(roi_xform_func, spatial_scale)
+        self.dim_out = cfg.MRCNN.DIM_REDUCED
+        dilation = cfg.MRCNN.DILATION
+        # The stage halves 14x14 RoIs unless dilation stands in for the stride.
+        stride = 1 if dilation > 1 else cfg.MRCNN.ROI_XFORM_RESOLUTION // 7
+        self.res5 = roi_res5_stage(dim_in, stride, dilation)
+        dim_res5 = 8 * cfg.RESNETS.RES2_OUT_CHANNELS
+        self.upconv5 = nn.ConvTranspose2d(dim_res5, self.dim_out, 2, stride=2)
+        mynn.init.conv_fill(conv_init, 0.001)(self.upconv5.weight.data)
+        nn.init.zeros_(self.upconv5.bias)
+
+    def upsample(self, res5_feat: Tensor) -> Tensor:
+        return F.relu_(self.upconv5(res5_feat))
+
+    def forward(self, x, rpn_ret) -> Tensor:
+        return self.upsample(self.res5(self.pool(x, rpn_ret)))
+
+
+class mask_rcnn_fcn_head_v0up(_Res5MaskHead):
+    """A res5 stage of its own."""
+
+    def __init__(self, dim_in: int, roi_xform_func, spatial_scale) -> None:
+        super().__init__(dim_in, roi_xform_func, spatial_scale, "GaussianFill")
+
+    def detectron_weight_mapping(self) -> tuple[dict[str, str], list[str]]:
+        mapping, orphans = stage_blobs("res5", "_[mask]_res5", 3)
+        return layer_blobs("upconv5", "conv5_mask") | mapping, orphans
+
+
+class mask_rcnn_fcn_head_v0upshare(_Res5MaskHead):
+    """The box head's res5 stage, shared: training reuses its features of the foreground RoIs."""
+
+    def __init__(self, dim_in: int, roi_xform_func, spatial_scale) -> None:
+        super().__init__(dim_in, roi_xform_func, spatial_scale, cfg.MRCNN.CONV_INIT)
+
+    def share_res5_module(self, res5: nn.Module) -> None:
+        """Use the box head's stage from here on (state dicts carry it under both names)."""
+        self.res5 = res5
+
+    def detectron_weight_mapping(self) -> tuple[dict[str, str | None], list[str]]:
+        mapping, orphans = stage_blobs("res5", "res5", 3)
+        mapping = dict.fromkeys(mapping)  # loaded once, as the box head's
+        return layer_blobs("upconv5", "conv5_mask") | mapping, orphans

@@ -1,0 +1,283 @@
+"""Generalized R-CNN: backbone, RPN, and box and mask heads, assembled from the config."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import ops
+import utils.blob as blob_utils
+import utils.fpn as fpn_utils
+from core.config import cfg
+from core.errors import UserError
+from modeling import fast_rcnn_heads, mask_rcnn_heads, rpn_heads
+from modeling.generate_proposals import Proposals
+from roi_data.fast_rcnn import SampledRoIs, sample_rois
+from roi_data.mask_rcnn import GroundTruthMasks, mask_targets
+from roi_data.rpn import rpn_targets
+
+# Six published keypoint configs name the box head by its old module.
+MODULE_ALIASES = {"head_builder": "fast_rcnn_heads"}
+
+
+def get_func(name: str) -> Callable:
+    """The class or function that a config names as `file.Name` in `lib/modeling/`.
+
+    Raises:
+        UserError: when there is no such file or name.
+    """
+    module_name, _, attribute = name.rpartition(".")
+    module_name = MODULE_ALIASES.get(module_name, module_name)
+    try:
+        return getattr(importlib.import_module(f"modeling.{module_name}"), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"the config names {name!r}, but lib/modeling has no such file and class: use "
+            "'file.ClassName', as in 'FPN.fpn_ResNet50_conv5_body'"
+        ) from error
+
+
+class Generalized_RCNN(nn.Module):
+    """Faster and Mask R-CNN, with or without a feature pyramid, as the global config says.
+
+    Train mode: `model(**batch)` for a batch of `roi_data.loader` returns `{'losses': {...},
+    'metrics': {...}}`, all scalars on the model's device; the forward does not wait for the
+    device. Eval mode: `model(data, im_info)` returns `rois` (R, 5) in network-input pixels,
+    `cls_score` (R, C) probabilities, `bbox_pred` (R, 4C) deltas and `blob_conv`.
+
+    Raises:
+        UserError: the config asks for what is not there, or ImageNet weights are missing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        means = torch.as_tensor(cfg.PIXEL_MEANS, dtype=torch.float64).reshape(3)
+        self.register_buffer("pixel_means", means, persistent=False)
+        self.Conv_Body = get_func(cfg.MODEL.CONV_BODY)()
+        dim_in, scale = self.Conv_Body.dim_out, self.Conv_Body.spatial_scale
+        self.RPN = rpn_heads.generic_rpn_outputs(dim_in, scale)
+        self.roi_levels = None
+        if cfg.FPN.FPN_ON:
+            if not cfg.FPN.MULTILEVEL_ROIS:
+                raise UserError("FPN.FPN_ON needs FPN.MULTILEVEL_ROIS: set it to True")
+            self.roi_levels = (cfg.FPN.ROI_MIN_LEVEL, cfg.FPN.ROI_MAX_LEVEL)
+            scale = scale[-self.num_roi_levels :]
+        self.Box_Head = get_func(cfg.FAST_RCNN.ROI_BOX_HEAD)(
+            dim_in, self.roi_feature_transform, scale
+        )
+        self.Box_Outs = fast_rcnn_heads.fast_rcnn_outputs(self.Box_Head.dim_out)
+        if cfg.MODEL.MASK_ON:
+            self.Mask_Head = get_func(cfg.MRCNN.ROI_MASK_HEAD)(
+                dim_in, self.roi_feature_transform, scale
+            )
+            if cfg.MODEL.SHARE_RES5:
+                self.Mask_Head.share_res5_module(self.Box_Head.res5)
+            self.Mask_Outs = mask_rcnn_heads.mask_rcnn_outputs(self.Mask_Head.dim_out)
+        if cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS:
+            from utils.resnet_weights_helper import load_pretrained_imagenet_weights
+
+            load_pretrained_imagenet_weights(self)
+        if cfg.TRAIN.FREEZE_CONV_BODY:
+            for parameter in self.Conv_Body.parameters():
+                parameter.requires_grad = False
+
+    @property
+    def num_roi_levels(self) -> int:
+        """Pyramid levels that RoIs are pooled from."""
+        return self.roi_levels[1] - self.roi_levels[0] + 1
+
+    @property
+    def detectron_weight_mapping(self) -> tuple[dict[str, str | None], list[str]]:
+        """Parameter name -> blob name (None: nothing to load), and blobs that go unused."""
+        mapping: dict[str, str | None] = {}
+        orphans: list[str] = []
+        for name, child in self.named_children():
+            child_mapping, child_orphans = child.detectron_weight_mapping()
+            mapping.update({f"{name}.{key}": blob for key, blob in child_mapping.items()})
+            orphans.extend(child_orphans)
+        return mapping, orphans
+
+    def forward(self, data: Tensor, im_info: Tensor, **ground_truth) -> dict:
+        if self.training:
+            return self._forward_train(data, im_info, **ground_truth)
+        return self._forward_test(data, im_info)
+
+    def _forward_test(self, data: Tensor, im_info: Tensor) -> dict:
+        features = self._features(data)
+        logits, deltas = self.RPN.predict(features)
+        proposals = self.RPN.propose(logits, deltas, im_info)
+        rois = _as_rois(proposals.boxes, proposals.valid)
+        rois = rois[proposals.valid.flatten()]
+        blob_conv = self._roi_maps(features)
+        cls_score, bbox_pred = self.Box_Outs(self.Box_Head(blob_conv, {"rois": rois}))
+        return {
+            "rois": rois,
+            "cls_score": cls_score,
+            "bbox_pred": bbox_pred,
+            "blob_conv": blob_conv,
+        }
+
+    def _forward_train(
+        self,
+        data: Tensor,
+        im_info: Tensor,
+        *,
+        im_meta: Tensor,
+        blob_size: tuple[int, int],
+        gt_boxes: Tensor,
+        gt_classes: Tensor,
+        gt_crowd: Tensor,
+        image_ids: list | None = None,
+        **gt_masks: Tensor,
+    ) -> dict:
+        data = blob_utils.images_to_blob(data, im_meta, blob_size, self.pixel_means)
+        features = self._features(data)
+        logits, deltas = self.RPN.predict(features)
+        scale = im_info[:, 2].view(-1, 1, 1)
+        gt_own = (gt_classes > 0) & ~gt_crowd
+        targets = rpn_targets(
+            torch.cat(self.RPN.anchors(logits)),
+            gt_boxes * scale,
+            gt_own,
+            im_info,
+            positive_overlap=cfg.TRAIN.RPN_POSITIVE_OVERLAP,
+            negative_overlap=cfg.TRAIN.RPN_NEGATIVE_OVERLAP,
+            batch_size=cfg.TRAIN.RPN_BATCH_SIZE_PER_IM,
+            fg_fraction=cfg.TRAIN.RPN_FG_FRACTION,
+            straddle_thresh=cfg.TRAIN.RPN_STRADDLE_THRESH,
+        )
+        losses = self.RPN.losses(logits, deltas, targets)
+        proposals = self.RPN.propose(logits, deltas, im_info)
+        sampled = self._sample(proposals, scale, gt_boxes, gt_classes, gt_crowd)
+        rois = _as_rois(sampled.boxes * scale, sampled.valid)
+        blob_conv = self._roi_maps(features)
+        box_feat = self.Box_Head(blob_conv, {"rois": rois})
+        res5_feat = None
+        if cfg.MODEL.SHARE_RES5:
+            box_feat, res5_feat = box_feat
+        losses["loss_cls"], losses["loss_bbox"], accuracy = fast_rcnn_heads.fast_rcnn_losses(
+            *self.Box_Outs(box_feat),
+            sampled.labels.flatten(),
+            sampled.valid.flatten(),
+            sampled.bbox_targets.flatten(0, 1),
+        )
+        if cfg.MODEL.MASK_ON:
+            masks = GroundTruthMasks(**gt_masks)
+            losses["loss_mask"] = self._mask_loss(
+                blob_conv, res5_feat, sampled, scale, gt_boxes, gt_own, masks
+            )
+        return {"losses": losses, "metrics": {"accuracy_cls": accuracy}}
+
+    def _sample(
+        self,
+        proposals: Proposals,
+        scale: Tensor,
+        gt_boxes: Tensor,
+        gt_classes: Tensor,
+        gt_crowd: Tensor,
+    ) -> SampledRoIs:
+        return sample_rois(
+            proposals.boxes * (1.0 / scale),
+            proposals.valid,
+            gt_boxes,
+            gt_classes,
+            gt_crowd,
+            batch_size=cfg.TRAIN.BATCH_SIZE_PER_IM,
+            fg_fraction=cfg.TRAIN.FG_FRACTION,
+            fg_thresh=cfg.TRAIN.FG_THRESH,
+            bg_thresh_hi=cfg.TRAIN.BG_THRESH_HI,
+            bg_thresh_lo=cfg.TRAIN.BG_THRESH_LO,
+            bbox_reg_weights=cfg.MODEL.BBOX_REG_WEIGHTS,
+        )
+
+    def _mask_loss(
+        self,
+        blob_conv: list[Tensor] | Tensor,
+        res5_feat: Tensor | None,
+        sampled: SampledRoIs,
+        scale: Tensor,
+        gt_boxes: Tensor,
+        gt_own: Tensor,
+        masks: GroundTruthMasks,
+    ) -> Tensor:
+        # Foreground comes first among an image's slots and fills at most its quota of them.
+        slots = round(cfg.TRAIN.FG_FRACTION * cfg.TRAIN.BATCH_SIZE_PER_IM)
+        boxes, foreground = sampled.boxes[:, :slots], sampled.foreground[:, :slots]
+        targets, valid = mask_targets(
+            boxes, foreground, gt_boxes, gt_own, masks, cfg.MRCNN.RESOLUTION
+        )
+        if res5_feat is not None:
+            per_image = res5_feat.view(len(boxes), -1, *res5_feat.shape[1:])
+            features = self.Mask_Head.upsample(per_image[:, :slots].flatten(0, 1))
+        else:
+            rois = _as_rois(boxes * scale, foreground)
+            features = self.Mask_Head(blob_conv, {"mask_rois": rois})
+        labels = sampled.labels[:, :slots].flatten()
+        logits = self.Mask_Outs.of_class(features, labels)
+        return mask_rcnn_heads.mask_rcnn_loss(logits, targets, valid, cfg.MRCNN.WEIGHT_LOSS_MASK)
+
+    def _features(self, data: Tensor) -> list[Tensor]:
+        """Backbone maps for the RPN, fine to coarse."""
+        maps = self.Conv_Body(data)
+        return maps[::-1] if isinstance(maps, list) else [maps]
+
+    def _roi_maps(self, features: list[Tensor]) -> list[Tensor] | Tensor:
+        """The maps that RoIs are pooled from: coarse to fine, or one map without a pyramid."""
+        if self.roi_levels is None:
+            return features[0]
+        return features[: self.num_roi_levels][::-1]
+
+    @torch.no_grad()
+    def convbody_net(self, data: Tensor) -> list[Tensor] | Tensor:
+        """`blob_conv` of images data (N, 3, H, W): what mask_net() pools from."""
+        return self._roi_maps(self._features(data))
+
+    @torch.no_grad()
+    def mask_net(self, blob_conv: list[Tensor] | Tensor, rpn_blob: dict[str, Tensor]) -> Tensor:
+        """Mask probabilities (R, C, M, M) of `rpn_blob['mask_rois']` (R, 5)."""
+        return self.Mask_Outs(self.Mask_Head(blob_conv, rpn_blob))
+
+    def roi_feature_transform(
+        self,
+        blobs_in: list[Tensor] | Tensor,
+        rpn_ret: dict[str, Tensor],
+        blob_rois: str = "rois",
+        method: str = "RoIAlign",
+        resolution: int = 7,
+        spatial_scale: list[float] | float = 1.0 / 16.0,
+        sampling_ratio: int = 0,
+    ) -> Tensor:
+        """Pool RoIs to a fixed size; with a pyramid each from the level of its size.
+
+        Args:
+            blobs_in: maps (N, C, H, W), coarse to fine, or one map.
+            rpn_ret: holds the RoIs (R, 5) under the name blob_rois; a negative batch index
+                marks an empty slot, whose features are 0.
+            spatial_scale: of each map, in their order.
+
+        Returns:
+            (R, C, resolution, resolution), in the order of the RoIs.
+        """
+        if method != "RoIAlign":
+            raise UserError(f"ROI_XFORM_METHOD {method!r} is not there yet: use 'RoIAlign'")
+        rois = rpn_ret[blob_rois]
+        if isinstance(blobs_in, Tensor):
+            return ops.roi_align(blobs_in, rois, resolution, spatial_scale, sampling_ratio)
+        low, high = self.roi_levels
+        levels = fpn_utils.map_rois_to_fpn_levels(
+            rois[:, 1:], low, high, cfg.FPN.ROI_CANONICAL_SCALE, cfg.FPN.ROI_CANONICAL_LEVEL
+        )
+        # Index of the level's map: blobs_in runs from coarse to fine.
+        return ops.roi_align(
+            blobs_in, rois, resolution, spatial_scale, sampling_ratio, levels=high - levels
+        )
+
+
+def _as_rois(boxes: Tensor, valid: Tensor) -> Tensor:
+    """Boxes (N, K, 4) of N images as RoIs (N * K, 5); empty slots get batch index -1."""
+    index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype).view(-1, 1)
+    index = torch.where(valid, index, -1.0)
+    return torch.cat([index.unsqueeze(-1), boxes], dim=-1).flatten(0, 1)

@@ -1,0 +1,179 @@
+"""Region proposal network: predictions, proposals and losses, single level and FPN."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.config import cfg
+from modeling import generate_proposals as gp
+from modeling.blobs import layer_blobs
+from modeling.generate_anchors import anchor_field, generate_anchors
+from roi_data.rpn import RPNTargets
+
+
+def generic_rpn_outputs(dim_in: int, spatial_scale) -> nn.Module:
+    """The RPN that the config asks for (`FPN.MULTILEVEL_RPN` or not)."""
+    if cfg.FPN.FPN_ON and cfg.FPN.MULTILEVEL_RPN:
+        return fpn_rpn_outputs(dim_in)
+    return single_scale_rpn_outputs(dim_in)
+
+
+class _RPN(nn.Module):
+    """What both RPNs share: a 3x3 convolution and two 1x1 predictors, applied to every level.
+
+    Subclasses set `prefix` (of the parameter names), `strides`, `cell_anchors` (one array a
+    level, fine to coarse), `level_names` (suffixes of the loss names) and `blob_suffix`.
+    """
+
+    prefix: str
+    blob_suffix: str
+
+    def __init__(
+        self, dim_in: int, dim_out: int, cell_anchors: list, strides: list[int], names: list[str]
+    ) -> None:
+        super().__init__()
+        self.cell_anchors, self.strides, self.level_names = cell_anchors, strides, names
+        self.dim_out = dim_out
+        self.softmax = cfg.RPN.CLS_ACTIVATION == "softmax"
+        num_anchors = len(cell_anchors[0])
+        num_scores = 2 * num_anchors if self.softmax else num_anchors
+        for name, conv in (
+            ("conv", nn.Conv2d(dim_in, dim_out, 3, padding=1)),
+            ("cls_score", nn.Conv2d(dim_out, num_scores, 1)),
+            ("bbox_pred", nn.Conv2d(dim_out, 4 * num_anchors, 1)),
+        ):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+            self.add_module(f"{self.prefix}_{name}", conv)
+        # Read once: FPN.RPN_COLLECT_SCALE is for training alone.
+        self.collect_scale = cfg.FPN.RPN_COLLECT_SCALE
+        self.modes = {True: _proposal_options(cfg.TRAIN), False: _proposal_options(cfg.TEST)}
+
+    def detectron_weight_mapping(self) -> tuple[dict[str, str], list[str]]:
+        suffix = self.blob_suffix
+        mapping = layer_blobs(f"{self.prefix}_conv", f"conv_rpn{suffix}")
+        mapping |= layer_blobs(f"{self.prefix}_cls_score", f"rpn_cls_logits{suffix}")
+        mapping |= layer_blobs(f"{self.prefix}_bbox_pred", f"rpn_bbox_pred{suffix}")
+        return mapping, []
+
+    def predict(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits (N, A, H, W) and deltas (N, 4A, H, W) of each level."""
+        conv, cls_score, bbox_pred = (
+            getattr(self, f"{self.prefix}_{name}") for name in ("conv", "cls_score", "bbox_pred")
+        )
+        logits, deltas = [], []
+        for x in features:
+            hidden = F.relu_(conv(x))
+            score = cls_score(hidden)
+            if self.softmax:
+                # A softmax of two is a sigmoid of their difference: background first, then
+                # foreground.
+                background, foreground = score.chunk(2, dim=1)
+                score = foreground - background
+            logits.append(score)
+            deltas.append(bbox_pred(hidden))
+        return logits, deltas
+
+    def anchors(self, maps: list[Tensor]) -> list[Tensor]:
+        """Anchors (H * W * A, 4) of each level's map (N, ?, H, W)."""
+        levels = zip(self.cell_anchors, self.strides, maps, strict=True)
+        return [
+            anchor_field(cells, stride, *x.shape[-2:], device=x.device)
+            for cells, stride, x in levels
+        ]
+
+    def propose(
+        self, logits: list[Tensor], deltas: list[Tensor], im_info: Tensor
+    ) -> gp.Proposals:
+        """Proposals without gradient, limited as the mode (train or test) says."""
+        options = self.modes[self.training]
+        proposals = gp.generate_proposals(
+            [x.detach() for x in logits],
+            [x.detach() for x in deltas],
+            self.anchors(logits),
+            im_info,
+            **options,
+        )
+        if len(logits) == 1:
+            return proposals
+        if self.training:
+            top_n = int(options["post_nms_top_n"] * self.collect_scale + 0.5)
+            return gp.collect_over_batch(proposals, top_n)
+        return gp.collect_per_image(proposals, options["post_nms_top_n"])
+
+    def losses(
+        self, logits: list[Tensor], deltas: list[Tensor], targets: RPNTargets
+    ) -> dict[str, Tensor]:
+        """`loss_rpn_cls*` and `loss_rpn_bbox*`, one pair a level.
+
+        Args:
+            logits, deltas: as predict() gives them.
+            targets: of all levels side by side, as roi_data.rpn.rpn_targets gives them.
+        """
+        num_images = targets.labels.shape[0]
+        fixed = cfg.TRAIN.RPN_BATCH_SIZE_PER_IM * num_images
+        losses, start = {}, 0
+        for name, level_logits, level_deltas in zip(
+            self.level_names, logits, deltas, strict=True
+        ):
+            scores = level_logits.float().permute(0, 2, 3, 1).flatten(1)
+            pred = level_deltas.float().permute(0, 2, 3, 1).reshape(num_images, -1, 4)
+            level = slice(start, start + scores.shape[1])
+            start = level.stop
+            label = targets.labels[:, level]
+            used = (label >= 0).float()
+            bce = F.binary_cross_entropy_with_logits(
+                scores, label.clamp(min=0).float(), weight=used, reduction="sum"
+            )
+            per_level_mean = self.softmax or len(logits) == 1
+            losses[f"loss_rpn_cls{name}"] = bce / (
+                used.sum().clamp(min=1) if per_level_mean else fixed
+            )
+            smooth = F.smooth_l1_loss(
+                pred, targets.bbox_targets[:, level], beta=1.0 / 9, reduction="none"
+            )
+            weight = targets.bbox_weights[:, level, None]
+            losses[f"loss_rpn_bbox{name}"] = (smooth * weight).sum() / num_images
+        return losses
+
+
+class single_scale_rpn_outputs(_RPN):
+    """RPN on one feature map (C4 and C5 models)."""
+
+    prefix = "RPN"
+    blob_suffix = ""
+
+    def __init__(self, dim_in: int) -> None:
+        stride = cfg.RPN.STRIDE
+        cells = generate_anchors(stride, cfg.RPN.SIZES, cfg.RPN.ASPECT_RATIOS)
+        dim_out = dim_in if cfg.RPN.OUT_DIM_AS_IN_DIM else cfg.RPN.OUT_DIM
+        super().__init__(dim_in, dim_out, [cells], [stride], [""])
+
+
+class fpn_rpn_outputs(_RPN):
+    """RPN whose convolutions are shared by all pyramid levels, one anchor size a level."""
+
+    prefix = "FPN_RPN"
+
+    def __init__(self, dim_in: int) -> None:
+        low, high = cfg.FPN.RPN_MIN_LEVEL, cfg.FPN.RPN_MAX_LEVEL
+        self.blob_suffix = f"_fpn{low}"
+        strides = [2**level for level in range(low, high + 1)]
+        start = cfg.FPN.RPN_ANCHOR_START_SIZE
+        cells = [
+            generate_anchors(stride, (start * stride // strides[0],), cfg.FPN.RPN_ASPECT_RATIOS)
+            for stride in strides
+        ]
+        names = [f"_fpn{level}" for level in range(low, high + 1)]
+        super().__init__(dim_in, dim_in, cells, strides, names)
+
+
+def _proposal_options(mode) -> dict:
+    """Proposal limits of cfg.TRAIN or cfg.TEST."""
+    return {
+        "pre_nms_top_n": mode.RPN_PRE_NMS_TOP_N,
+        "post_nms_top_n": mode.RPN_POST_NMS_TOP_N,
+        "nms_thresh": mode.RPN_NMS_THRESH,
+        "min_size": mode.RPN_MIN_SIZE,
+    }
