@@ -1,0 +1,86 @@
+"""Pictures of detections as PDF pages: the photograph below, lines and text as vectors above it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_pdf import FigureCanvasPdf, PdfPages
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path as Outline
+
+from utils.vis import FONT_FILE, LABEL_ALPHA, MASK_ALPHA, Colour, Layout, resized, text_colour
+
+# With 72 pixels to the inch a point is a pixel, so that widths and font sizes carry over.
+DPI = 72
+
+
+def save_pdf(path: str | Path, pages: Iterable[tuple[np.ndarray, Layout]]) -> None:
+    """Write a PDF with one page for each (image (H, W, 3) uint8 BGR, layout).
+
+    Nothing is left behind if there are no pages.
+    """
+    with PdfPages(path) as pdf:
+        for im, layout in pages:
+            pdf.savefig(_page(im, layout))
+
+
+def _page(im: np.ndarray, layout: Layout) -> Figure:
+    figure = Figure(figsize=(layout.width / DPI, layout.height / DPI), dpi=DPI)
+    FigureCanvasPdf(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.imshow(resized(im, layout)[..., ::-1], extent=(0, layout.width, layout.height, 0))
+    axes.set_xlim(0, layout.width)
+    axes.set_ylim(layout.height, 0)
+    width = layout.line_width
+    for instance in layout.instances:
+        colour = _unit(instance.colour)
+        if instance.contours:
+            outline = Outline.make_compound_path(
+                *(Outline(np.vstack([c, c[:1]]) + 0.5, closed=True) for c in instance.contours)
+            )
+            axes.add_patch(PathPatch(outline, facecolor=(*colour, MASK_ALPHA), linewidth=0))
+            axes.add_patch(
+                PathPatch(outline, fill=False, edgecolor=colour, linewidth=max(1, width // 2))
+            )
+        left, top, right, bottom = instance.box
+        axes.add_patch(
+            Rectangle(
+                (left + width / 2, top + width / 2),
+                right - left - width,
+                bottom - top - width,
+                fill=False,
+                edgecolor=colour,
+                linewidth=width,
+            )
+        )
+    font = FontProperties(fname=str(FONT_FILE), size=layout.font_size)
+    for instance in layout.instances:
+        if (label := instance.label) is None:
+            continue
+        axes.add_patch(
+            Rectangle(
+                (label.x, label.y),
+                label.width,
+                label.height,
+                facecolor=(*_unit(instance.colour), LABEL_ALPHA),
+                linewidth=0,
+            )
+        )
+        axes.text(
+            label.x + 0.25 * layout.font_size,
+            label.y + label.height / 2,
+            label.text,
+            color=_unit(text_colour(instance.colour)),
+            fontproperties=font,
+            verticalalignment="center_baseline",
+        )
+    return figure
+
+
+def _unit(colour: Colour) -> tuple[float, float, float]:
+    return tuple(channel / 255 for channel in colour)
