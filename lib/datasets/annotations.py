@@ -1,0 +1,102 @@
+"""Loading COCO-format annotation files: quietly, checked, with optional fields filled in."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from pycocotools.coco import COCO
+
+from core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_LARGE_FILE = 50 * 2**20  # bytes; parsing a larger file takes seconds and is worth a log line
+
+
+def load_annotations(path: Path) -> COCO:
+    """The annotations of a COCO-format JSON file, parsed once per process and file content.
+
+    Missing `iscrowd` (0), `area` (of the box), `segmentation` ([]) are filled in. Annotation ids
+    are renumbered from 1 if they are missing, repeated, or zero (pycocotools' evaluation takes a
+    match with id 0 for no match). A file without `annotations` (COCO's image_info files) is fine.
+    Raises UserError naming the file if it is missing, not JSON, or not in COCO's format.
+    """
+    path = path.resolve()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"annotation file {path} cannot be read ({error.strerror})") from error
+    return _load(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(path: Path, mtime_ns: int, size: int) -> COCO:
+    start = time.perf_counter()
+    if size > _LARGE_FILE:
+        logger.info("Loading annotations %s (%d MB)", path, size // 2**20)
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+    except OSError as error:
+        raise UserError(f"annotation file {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"annotation file {path} is not valid JSON ({error})") from error
+    _check(data, path)
+    coco = COCO()
+    coco.dataset = data
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco.createIndex()
+    logger.debug("Loaded %s in %.1f s", path, time.perf_counter() - start)
+    return coco
+
+
+def _check(data: Any, path: Path) -> None:
+    """Raise UserError for what is not COCO's format; fill in optional fields in place."""
+    if not isinstance(data, dict):
+        raise UserError(f"annotation file {path} is not in COCO's format: no JSON object on top")
+    for key in ("images", "categories"):
+        if not isinstance(data.get(key), list):
+            raise UserError(f"annotation file {path} is not in COCO's format: no list {key!r}")
+    _require(data["images"], ("id", "file_name", "height", "width"), "image", path)
+    _require(data["categories"], ("id", "name"), "category", path)
+    annotations = data.get("annotations", [])
+    _require(annotations, ("image_id", "category_id", "bbox"), "annotation", path)
+
+    categories = {category["id"] for category in data["categories"]}
+    for position, ann in enumerate(annotations):
+        label = f"annotation {ann.get('id', f'number {position}')}"
+        if ann["category_id"] not in categories:
+            raise UserError(
+                f"annotation file {path}: {label} has category_id {ann['category_id']}, "
+                "which 'categories' does not list; add the category or remove the annotation"
+            )
+        bbox = ann["bbox"]
+        if len(bbox) != 4 or not all(isinstance(v, (int, float)) for v in bbox):
+            raise UserError(f"annotation file {path}: bbox of {label} is not [x, y, width, height]")
+        ann.setdefault("iscrowd", 0)
+        ann.setdefault("segmentation", [])
+        if "area" not in ann:
+            ann["area"] = bbox[2] * bbox[3]
+
+    ids = {ann.get("id") for ann in annotations}
+    if annotations and (len(ids) < len(annotations) or 0 in ids or None in ids):
+        logger.info("Annotation ids of %s are missing, repeated or 0: renumbered from 1", path)
+        for position, ann in enumerate(annotations):
+            ann["id"] = position + 1
+
+
+def _require(items: list, keys: tuple[str, ...], what: str, path: Path) -> None:
+    for position, item in enumerate(items):
+        for key in keys:
+            if not isinstance(item, dict) or key not in item:
+                raise UserError(
+                    f"annotation file {path} is not in COCO's format: "
+                    f"{what} number {position} has no {key!r}"
+                )
