@@ -1,0 +1,177 @@
+"""What a training reports: smoothed losses and metrics, rates, times, memory.
+
+Values stay on the device until a log line needs them: recording a step never waits for it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import math
+import re
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Steps over which a reported value is the median.
+WINDOW = 20
+
+
+class NonFiniteLossError(UserError):
+    """A loss became infinite or NaN: the weights since then are worthless."""
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    step: int
+    losses: tuple[str, ...]
+    metrics: tuple[str, ...]
+    values: torch.Tensor  # of the losses, then of the metrics
+    image_ids: tuple[Any, ...]
+
+
+class TrainingStats:
+    """Collects the values of every step and reports them now and then.
+
+    Args:
+        max_iter: steps of the training, for the remaining time.
+        json_path: report there too, one JSON object a line.
+        tensorboard: a tensorboardX `SummaryWriter` to report to, too.
+    """
+
+    def __init__(
+        self, max_iter: int, json_path: Path | None = None, tensorboard: Any = None
+    ) -> None:
+        self.max_iter = max_iter
+        self._json_path = json_path
+        self._tensorboard = tensorboard
+        self._pending: list[_Recorded] = []
+        self._windows: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self._step_times: deque[float] = deque(maxlen=WINDOW)
+        self._data_seconds = 0.0
+        self._steps = 0
+        self._clock = time.perf_counter()
+
+    def record(
+        self,
+        step: int,
+        names: tuple[Sequence[str], Sequence[str]],
+        values: tuple[torch.Tensor, torch.Tensor],
+        image_ids: Sequence[Any],
+        data_seconds: float,
+    ) -> None:
+        """Take in a finished step; nothing is awaited.
+
+        Args:
+            names: of the losses and of the metrics.
+            values: theirs, (number of losses,) and (number of metrics,) float32.
+            image_ids: the images of the step, named when a loss is not finite.
+            data_seconds: time the step has waited for its data.
+        """
+        both = torch.cat(values)
+        self._pending.append(
+            _Recorded(step, tuple(names[0]), tuple(names[1]), both, tuple(image_ids))
+        )
+        self._data_seconds += data_seconds
+        self._steps += 1
+
+    def check(self) -> None:
+        """Fetch what was recorded (the only wait for the device).
+
+        Raises:
+            NonFiniteLossError: names the first loss that is not finite, its step and images.
+        """
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        rows = torch.cat([r.values for r in pending]).cpu().split([len(r.values) for r in pending])
+        for recorded, row in zip(pending, rows, strict=True):
+            values = dict(zip(recorded.losses + recorded.metrics, row.tolist(), strict=True))
+            losses = {name: values[name] for name in recorded.losses}
+            for name, value in losses.items():
+                if not math.isfinite(value):
+                    images = ", ".join(str(i) for i in recorded.image_ids) or "not known"
+                    raise NonFiniteLossError(
+                        f"{name} is {value} at step {recorded.step} (images: {images}): training "
+                        "stops and saves nothing more; lower the learning rate (--lr), lengthen "
+                        "SOLVER.WARM_UP_ITERS or look at these images' annotations"
+                    )
+            total = {"loss": sum(losses.values())}
+            for name, value in {**total, **_level_sums(values), **values}.items():
+                self._windows[name].append(value)
+
+    def report(self, step: int, lr: float) -> None:
+        """Log one line for the steps since the last report; raises as `check` does."""
+        self.check()
+        now = time.perf_counter()
+        steps = max(1, self._steps)
+        self._step_times.append((now - self._clock) / steps)
+        seconds = statistics.mean(self._step_times)
+        values = {name: statistics.median(window) for name, window in self._windows.items()}
+        entry = {
+            "step": step,
+            **values,
+            "lr": lr,
+            "eta_seconds": round(seconds * (self.max_iter - 1 - step)),
+            "time": self._step_times[-1],
+            "data_time": self._data_seconds / steps,
+            "max_mem_mib": max_memory_mib(),
+        }
+        self._clock, self._data_seconds, self._steps = now, 0.0, 0
+        logger.info(_line(entry, self.max_iter, list(values)))
+        if self._json_path is not None:
+            with self._json_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        if self._tensorboard is not None:
+            for name, value in entry.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, step)
+
+    def exclude(self, seconds: float) -> None:
+        """Leave these last seconds (a checkpoint was written) out of the step times."""
+        self._clock += seconds
+
+
+def max_memory_mib() -> int:
+    """Most memory used so far, in MiB: of the fullest GPU, without one of this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        most = max(torch.cuda.max_memory_allocated(d) for d in range(torch.cuda.device_count()))
+        return most >> 20
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most >> (20 if sys.platform == "darwin" else 10)
+
+
+def _level_sums(values: Mapping[str, float]) -> dict[str, float]:
+    """`loss_x` for the losses `loss_x_fpn2`, `loss_x_fpn3`, ... of the pyramid's levels."""
+    sums: dict[str, float] = defaultdict(float)
+    for name, value in values.items():
+        match = re.fullmatch(r"(.+)_fpn\d+", name)
+        if match:
+            sums[match[1]] += value
+    return dict(sums)
+
+
+def _line(entry: Mapping[str, Any], max_iter: int, names: Sequence[str]) -> str:
+    parts = [f"step {entry['step'] + 1}/{max_iter}"]
+    parts += [f"{name} {entry[name]:.4f}" for name in names]
+    parts += [
+        f"lr {entry['lr']:.6g}",
+        f"eta {datetime.timedelta(seconds=entry['eta_seconds'])}",
+        f"{entry['time']:.3f} s/step",
+        f"data {entry['data_time']:.3f} s",
+        f"memory {entry['max_mem_mib']} MiB",
+    ]
+    return " | ".join(parts)
