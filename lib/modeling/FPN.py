@@ -58,7 +58,9 @@ class fpn(nn.Module):
         self.topdown_lateral_modules = nn.ModuleList(
             topdown_lateral_module(dim, self.dim_out) for dim in dims[1:]
         )
-        self.posthoc_modules = nn.ModuleList(_conv_norm(self.dim_out, self.dim_out, 3) for _ in dims)
+        self.posthoc_modules = nn.ModuleList(
+            _conv_norm(self.dim_out, self.dim_out, 3) for _ in dims
+        )
         self.spatial_scale = [1.0 / 2**k for k in range(self.max_level, self.min_level - 1, -1)]
 
     def forward(self, x: Tensor) -> list[Tensor]:

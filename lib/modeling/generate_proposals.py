@@ -56,7 +56,8 @@ def generate_proposals(
         descending score.
     """
     per_level = [
-        _top_candidates(*level, pre_nms_top_n) for level in zip(logits, deltas, anchors, strict=True)
+        _top_candidates(*level, pre_nms_top_n)
+        for level in zip(logits, deltas, anchors, strict=True)
     ]
     num_images, longest = len(im_info), max(scores.shape[1] for _, scores in per_level)
     # One NMS problem a level and image, padded to the longest.

@@ -83,9 +83,7 @@ class _RPN(nn.Module):
             for cells, stride, x in levels
         ]
 
-    def propose(
-        self, logits: list[Tensor], deltas: list[Tensor], im_info: Tensor
-    ) -> gp.Proposals:
+    def propose(self, logits: list[Tensor], deltas: list[Tensor], im_info: Tensor) -> gp.Proposals:
         """Proposals without gradient, limited as the mode (train or test) says."""
         options = self.modes[self.training]
         proposals = gp.generate_proposals(
@@ -114,9 +112,7 @@ class _RPN(nn.Module):
         num_images = targets.labels.shape[0]
         fixed = cfg.TRAIN.RPN_BATCH_SIZE_PER_IM * num_images
         losses, start = {}, 0
-        for name, level_logits, level_deltas in zip(
-            self.level_names, logits, deltas, strict=True
-        ):
+        for name, level_logits, level_deltas in zip(self.level_names, logits, deltas, strict=True):
             scores = level_logits.float().permute(0, 2, 3, 1).flatten(1)
             pred = level_deltas.float().permute(0, 2, 3, 1).reshape(num_images, -1, 4)
             level = slice(start, start + scores.shape[1])

@@ -99,7 +99,7 @@ def choose_objects(
 
 
 def crop_bitmasks(bitmasks: Tensor, index: Tensor, rois: Tensor, resolution: int) -> Tensor:
-    """Masks (R, M, M) uint8: bitmask `index[r]` of (B, H, W) sampled at the centres of RoI r's bins.
+    """Masks (R, M, M) uint8: bitmask `index[r]` of (B, H, W) at the bins of RoI r.
 
     The grid is that of the polygon targets: M bins over max(x2 - x1, 1), where pixel p covers
     [p, p + 1).

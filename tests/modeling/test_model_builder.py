@@ -1,0 +1,69 @@
+"""Every parameter's name, shape and Detectron blob, and what a config can get wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from core.errors import UserError
+from golden_weights import CONFIGS, golden_cfg
+
+STEMS = [
+    "e2e_faster_rcnn_R-50-C4_1x",
+    "e2e_mask_rcnn_R-50-C4_1x",
+    "e2e_faster_rcnn_R-50-FPN_1x",
+    "e2e_mask_rcnn_R-50-FPN_1x",
+    "e2e_mask_rcnn_R-101-FPN_1x",
+    "e2e_mask_rcnn_R-50-FPN_2x_gn",
+    "scratch_e2e_mask_rcnn_R-50-FPN_3x_gn",
+]
+
+
+def build():
+    from modeling.model_builder import Generalized_RCNN
+
+    with torch.device("meta"):
+        return Generalized_RCNN()
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_parameters_and_blobs_are_the_family_s(stem, shared, cfg):
+    spec = json.loads((shared / f"spec/blobs/{stem}.json").read_text())
+    golden_cfg(stem, shared)
+    model = build()
+    shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
+    assert shapes == spec["params"]
+    mapping, orphans = model.detectron_weight_mapping
+    assert mapping == spec["detectron"]
+    assert set(orphans) == set(spec["orphans"])
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    expected = {name for name, flag in spec["requires_grad"].items() if flag}
+    if stem.startswith("scratch"):  # published with a frozen random stem, a bug
+        assert trainable == set(spec["requires_grad"])
+    else:
+        assert trainable == expected
+
+
+def test_frozen_conv_body_freezes_the_pyramid_too(shared, cfg):
+    golden_cfg("e2e_mask_rcnn_R-50-FPN_1x", shared, ["TRAIN.FREEZE_CONV_BODY", True])
+    model = build()
+    assert not any(p.requires_grad for p in model.Conv_Body.parameters())
+    assert all(p.requires_grad for p in model.Box_Head.parameters())
+
+
+def test_head_builder_is_an_alias(shared, cfg):
+    golden_cfg(STEMS[3], shared, ["FAST_RCNN.ROI_BOX_HEAD", "head_builder.roi_2mlp_head"])
+    assert build().Box_Head.dim_out == 1024
+
+
+@pytest.mark.parametrize("name", ["fast_rcnn_heads.no_such_head", "no_such_file.head", "head"])
+def test_an_unknown_head_is_named(name, shared, cfg):
+    golden_cfg(STEMS[2], shared, ["FAST_RCNN.ROI_BOX_HEAD", name])
+    with pytest.raises(UserError, match=name):
+        build()
+
+
+def test_configs_are_there():
+    assert (CONFIGS / "baselines").is_dir()

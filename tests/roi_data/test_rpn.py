@@ -1,0 +1,132 @@
+"""RPN labels: the deterministic part against a slow reference and the original's records, the
+draws by their invariants."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from roi_data.rpn import AnchorMatches, match_anchors, rpn_targets, sample_anchors
+
+OPTIONS = {
+    "positive_overlap": 0.7,
+    "negative_overlap": 0.3,
+    "batch_size": 256,
+    "fg_fraction": 0.5,
+    "straddle_thresh": 0,
+}
+
+
+def random_boxes(rng, count, size=400.0):
+    corner = rng.uniform(-20, size, (count, 2))
+    return np.concatenate([corner, corner + rng.uniform(1, 150, (count, 2))], axis=1)
+
+
+def iou(a, b):
+    w = min(a[2], b[2]) - max(a[0], b[0]) + 1
+    h = min(a[3], b[3]) - max(a[1], b[1]) + 1
+    if w <= 0 or h <= 0:
+        return 0.0
+    area = [(x[2] - x[0] + 1) * (x[3] - x[1] + 1) for x in (a, b)]
+    return w * h / (sum(area) - w * h)
+
+
+def test_matching_agrees_with_a_slow_reference():
+    rng = np.random.RandomState(1)
+    anchors = random_boxes(rng, 200).astype(np.float32)
+    gt = random_boxes(rng, 6).astype(np.float32)
+    gt[3] = anchors[50]
+    valid = np.array([True, True, True, True, False, False])  # the last two: crowd, padding
+    im_info = torch.tensor([[380.0, 390.0, 1.0]])
+    matches = match_anchors(
+        torch.from_numpy(anchors),
+        torch.from_numpy(gt)[None],
+        torch.from_numpy(valid)[None],
+        im_info,
+        0.7,
+        0,
+    )
+    inside = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] < 390) & (anchors[:, 3] < 380)
+    table = np.array([[iou(a, g) for g in gt[:4]] for a in anchors])
+    best_of_gt = table[inside].max(axis=0)
+    for i in range(len(anchors)):
+        assert matches.inside[0, i] == inside[i]
+        if not inside[i]:
+            assert not matches.foreground[0, i]
+            continue
+        assert matches.max_overlap[0, i] == pytest.approx(table[i].max(), abs=1e-5)
+        expected = table[i].max() >= 0.7 or any(np.isclose(table[i], best_of_gt, rtol=1e-6))
+        assert matches.foreground[0, i] == expected
+        if table[i].max() > 0:
+            assert matches.gt_index[0, i] == table[i].argmax()
+
+
+def test_draws_keep_their_quotas():
+    torch.manual_seed(0)
+    overlap = torch.rand(2, 5000) * 0.29
+    foreground = torch.zeros(2, 5000, dtype=torch.bool)
+    foreground[0, :1000] = True
+    foreground[1, :10] = True
+    matches = AnchorMatches(
+        torch.ones(2, 5000, dtype=torch.bool), foreground, overlap, torch.zeros(2, 5000).long()
+    )
+    overlap[foreground] = 0.8
+    labels, inside_weight = sample_anchors(matches, 0.3, 256, 128)
+    assert (labels == 1).sum(1).tolist() == [128, 10]
+    # Drawn with replacement: a few fewer distinct ones than asked for.
+    background = (labels == 0).sum(1)
+    assert 120 <= background[0] <= 128 and 235 <= background[1] <= 246
+    assert torch.equal(inside_weight.bool(), labels == 1)
+
+
+def test_few_background_candidates_are_all_taken():
+    matches = AnchorMatches(
+        torch.ones(1, 50, dtype=torch.bool),
+        torch.zeros(1, 50, dtype=torch.bool),
+        torch.cat([torch.zeros(1, 20), torch.full((1, 30), 0.5)], dim=1),
+        torch.zeros(1, 50).long(),
+    )
+    labels, _ = sample_anchors(matches, 0.3, 256, 128)
+    assert (labels[0, :20] == 0).all() and (labels[0, 20:] == -1).all()
+
+
+def test_background_may_overwrite_low_overlap_foreground():
+    """Every anchor is foreground by a tie at IoU 0.1 and a background candidate as well."""
+    matches = AnchorMatches(
+        torch.ones(1, 40, dtype=torch.bool),
+        torch.ones(1, 40, dtype=torch.bool),
+        torch.full((1, 40), 0.1),
+        torch.zeros(1, 40).long(),
+    )
+    labels, inside_weight = sample_anchors(matches, 0.3, 256, 128)
+    assert (labels == 0).all()
+    assert (inside_weight == 0).all()
+
+
+def test_no_ground_truth_leaves_background_alone():
+    anchors = torch.tensor([[0.0, 0, 15, 15], [16, 0, 31, 15], [90, 90, 130, 130]])
+    targets = rpn_targets(
+        anchors,
+        torch.zeros(1, 8, 4),
+        torch.zeros(1, 8, dtype=torch.bool),
+        torch.tensor([[100.0, 100.0, 1.0]]),
+        **OPTIONS,
+    )
+    assert targets.labels.tolist() == [[0, 0, -1]]
+    assert targets.bbox_weights.sum() == 0 and targets.bbox_targets.sum() == 0
+
+
+def test_weights_are_one_over_the_used_anchors():
+    anchors = torch.tensor([[0.0, 0, 15, 15], [16, 0, 31, 15], [32, 0, 47, 15]])
+    gt = torch.tensor([[[0.0, 0, 15, 15]]])
+    targets = rpn_targets(
+        anchors,
+        gt,
+        torch.ones(1, 1, dtype=torch.bool),
+        torch.tensor([[100.0, 100.0, 1.0]]),
+        **OPTIONS,
+    )
+    assert targets.labels.tolist() == [[1, 0, 0]]
+    torch.testing.assert_close(targets.bbox_weights, torch.tensor([[1 / 3, 0, 0]]))
+    assert targets.bbox_targets.abs().sum() == 0
