@@ -72,7 +72,7 @@ def im_detect_all(
 @torch.inference_mode()
 def detect_batch(
     model: nn.Module,
-    images: Sequence[np.ndarray | Tensor],
+    images: Sequence[np.ndarray],
     timers: Mapping[str, Any] | None = None,
 ) -> list[Detections]:
     """Detections of several images in one forward pass; what an image gives does not depend on the
@@ -124,6 +124,7 @@ def detect_batch(
     ]
 
 
+@torch.inference_mode()
 def class_results(
     detections: Detections, num_classes: int
 ) -> tuple[ClassBoxes, ClassSegms | None, None]:
@@ -143,8 +144,8 @@ def class_results(
 def network_size(height: int, width: int) -> tuple[int, int]:
     """Padded height and width with which an image of this size enters the network when testing."""
     scale = blob_utils.get_target_scale(height, width, cfg.TEST.SCALE, cfg.TEST.MAX_SIZE)
-    stride = _stride()
-    return tuple(-(-round(side * scale) // stride) * stride for side in (height, width))
+    size = (int(np.round(height * scale)), int(np.round(width * scale)))
+    return blob_utils.padded_size([size], blob_utils.coarsest_stride())
 
 
 def class_nms_and_limit(
@@ -309,16 +310,12 @@ def _check_supported() -> None:
         )
 
 
-def _stride() -> int:
-    return cfg.FPN.COARSEST_STRIDE if cfg.FPN.FPN_ON else 1
-
-
 def _forward(
-    net: nn.Module, images: Sequence[np.ndarray | Tensor], target_size: int, max_size: int
+    net: nn.Module, images: Sequence[np.ndarray], target_size: int, max_size: int
 ) -> tuple[dict[str, Any], Tensor]:
     """The network's outputs, and the images' scales (N,) float64 on its device."""
     device = next(net.parameters()).device
-    data, scales, im_info = blob_utils.prep_images(images, target_size, max_size, device, _stride())
+    data, scales, im_info = blob_utils.prep_images(images, target_size, max_size, device)
     return net(data, im_info), torch.tensor(scales, dtype=torch.float64, device=device)
 
 

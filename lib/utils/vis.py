@@ -1,85 +1,31 @@
-"""Pictures of detections: boxes, translucent masks with contours, labels.
-
-What is drawn and where is decided once (`lay_out`), in pixels of the picture; `draw` makes an
-image of it and `utils.vis_pdf` a PDF page. Colours depend on the class alone, line widths and text
-on the size of the picture, and a picture of a tiny image is enlarged until text can be read in it.
-"""
+"""Pictures of detections: boxes, translucent masks with contours, labels; as PNG, JPG or PDF."""
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.backends.backend_pdf import PdfPages
+from PIL import Image, ImageDraw
 
-from utils.segms import Segmentation, is_rle, polys_to_mask, rle_to_mask
+from utils.segms import Segmentation
+from utils.vis_layout import (
+    LABEL_ALPHA,
+    MASK_ALPHA,
+    Instance,
+    Layout,
+    font,
+    lay_out,
+    resized,
+    text_colour,
+)
+from utils.vis_pdf import page
+from utils.weights import atomic_write
 
-MASK_ALPHA = 0.4
-LABEL_ALPHA = 0.85
-# The longer and the shorter side of a picture are at least this long.
-MIN_LONG_SIDE, MIN_SHORT_SIDE = 600, 60
-FONT_FILE = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
 # cv2's fixed-point coordinates: 4 binary places make edges smooth.
 SHIFT = 4
-
-Colour = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Label:
-    """Text in a filled rectangle; x, y is its upper left corner in picture pixels."""
-
-    text: str
-    x: float
-    y: float
-    width: float
-    height: float
-
-    def overlap(self, other: Label) -> float:
-        """Area covered by both."""
-        w = min(self.x + self.width, other.x + other.width) - max(self.x, other.x)
-        h = min(self.y + self.height, other.y + other.height) - max(self.y, other.y)
-        return max(w, 0.0) * max(h, 0.0)
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One detection in picture pixels."""
-
-    colour: Colour  # RGB
-    box: tuple[float, float, float, float]  # outer edges: left, top, right, bottom
-    contours: list[np.ndarray]  # each (n, 2) float, outlines and holes together
-    label: Label | None  # None where no place was left that covers no other label
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A picture's size and everything to draw on it, in the order of drawing."""
-
-    width: int
-    height: int
-    line_width: int
-    font_size: int
-    instances: list[Instance]
-
-
-def class_colour(index: int) -> Colour:
-    """RGB colour of a class: the same in every picture and every run."""
-    hue = (index * 0.618034) % 1.0
-    saturation, value = ((0.9, 1.0), (0.65, 1.0), (0.9, 0.8))[index % 3]
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
-
-
-def text_colour(background: Colour) -> Colour:
-    """Black or white, whichever is easier to read on the background."""
-    luminance = 0.299 * background[0] + 0.587 * background[1] + 0.114 * background[2]
-    return (0, 0, 0) if luminance > 130 else (255, 255, 255)
 
 
 def convert_from_cls_format(
@@ -94,51 +40,6 @@ def convert_from_cls_format(
     classes = np.repeat(np.arange(len(boxes)), [len(b) for b in boxes])
     segms = None if cls_segms is None else [s for of_class in cls_segms for s in of_class]
     return np.concatenate(boxes), segms, classes
-
-
-def lay_out(
-    im_shape: Sequence[int],
-    boxes: np.ndarray,
-    classes: Sequence[int],
-    segms: Sequence[Segmentation] | None,
-    class_names: Sequence[str],
-    thresh: float,
-) -> Layout:
-    """Decide what a picture shows and where.
-
-    Args:
-        im_shape: (height, width, ...) of the image.
-        boxes: (n, 5) `[x1, y1, x2, y2, score]` in image pixels, both ends inside.
-        classes: n indices into class_names; segms: n RLEs or lists of polygons, or None.
-        thresh: detections that score less are left out.
-    """
-    height, width = im_shape[:2]
-    scale = max(1.0, MIN_LONG_SIDE / max(height, width), MIN_SHORT_SIDE / min(height, width))
-    height, width = round(height * scale), round(width * scale)
-    size = (height * width) ** 0.5
-    font_size = min(max(13, round(0.021 * size)), max(8, height // 4))
-
-    shown = [i for i in range(len(boxes)) if boxes[i, 4] >= thresh]
-    outer = (boxes[:, :4] + [0, 0, 1, 1]) * scale
-    labels: dict[int, Label | None] = {}
-    for i in sorted(shown, key=lambda i: -boxes[i, 4]):
-        name, score = class_names[classes[i]], f"{boxes[i, 4]:.2f}"
-        taken = [label for label in labels.values() if label]
-        texts = (f"{name} {score}", name)
-        others = outer[[k for k in shown if k != i]]
-        labels[i] = _place(texts, outer[i], others, taken, (width, height), font_size)
-    # Large ones first, so that nothing is hidden behind a larger object.
-    area = (outer[:, 2] - outer[:, 0]) * (outer[:, 3] - outer[:, 1])
-    instances = [
-        Instance(
-            class_colour(int(classes[i])),
-            tuple(float(v) for v in outer[i]),
-            [] if segms is None else _contours(segms[i], im_shape, scale),
-            labels[i],
-        )
-        for i in sorted(shown, key=lambda i: -area[i])
-    ]
-    return Layout(width, height, max(1, round(0.003 * size)), font_size, instances)
 
 
 def draw(im: np.ndarray, layout: Layout) -> np.ndarray:
@@ -158,13 +59,6 @@ def draw(im: np.ndarray, layout: Layout) -> np.ndarray:
     return _draw_labels(canvas, layout)
 
 
-def resized(im: np.ndarray, layout: Layout) -> np.ndarray:
-    """A copy of the image at the picture's size."""
-    if im.shape[:2] == (layout.height, layout.width):
-        return im.copy()
-    return cv2.resize(im, (layout.width, layout.height), interpolation=cv2.INTER_CUBIC)
-
-
 def vis_one_image(
     im: np.ndarray,
     path: str | Path,
@@ -173,92 +67,33 @@ def vis_one_image(
     *,
     class_names: Sequence[str],
     thresh: float = 0.7,
+    merged_pdf: PdfPages | None = None,
 ) -> None:
     """Draw one image's detections into a file; its suffix says whether PDF, PNG or JPG.
 
     Args:
         im: (H, W, 3) uint8 BGR; cls_boxes, cls_segms: as `core.test.im_detect_all` returns them.
-    """
-    boxes, segms, classes = convert_from_cls_format(cls_boxes, cls_segms)
-    layout = lay_out(im.shape, boxes, classes, segms, class_names, thresh)
-    save(im, layout, path)
-
-
-def save(im: np.ndarray, layout: Layout, path: str | Path) -> None:
-    """Write the picture as PDF, PNG or JPG according to the suffix of `path`.
-
+        class_names: by class index, the background first.
+        thresh: detections that score less are left out.
+        merged_pdf: gets a copy of the page, if a PDF is written.
     Raises:
         OSError: the file cannot be written.
     """
+    boxes, segms, classes = convert_from_cls_format(cls_boxes, cls_segms)
+    layout = lay_out(im.shape, boxes, classes, segms, class_names, thresh)
     path = Path(path)
     if path.suffix.lower() == ".pdf":
-        from utils.vis_pdf import save_pdf
-
-        save_pdf(path, [(im, layout)])
+        figure = page(im, layout)
+        with atomic_write(path) as file, PdfPages(file) as pdf:
+            pdf.savefig(figure)
+        if merged_pdf is not None:
+            merged_pdf.savefig(figure)
         return
     done, encoded = cv2.imencode(path.suffix, draw(im, layout))
     if not done:
-        raise OSError(f"{path}: pictures of this kind cannot be written")
-    path.write_bytes(encoded.tobytes())
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(FONT_FILE), size)
-
-
-def _place(
-    texts: Sequence[str],
-    box: np.ndarray,
-    others: np.ndarray,
-    taken: Sequence[Label],
-    picture: tuple[int, int],
-    font_size: int,
-) -> Label | None:
-    """A place at the box for the first of the texts that fits without covering another label.
-
-    Of several places the one that hides the least of the other boxes (n, 4) is taken, and the
-    usual one, above the upper left corner, if they are nearly equal.
-    """
-    width, height = picture
-    left, top, right, bottom = box
-    h = round(font_size * 1.3)
-    rows = np.arange(top, max(bottom - h, top) + 1, h)[:8]
-    for text in texts:
-        w = round(_font(font_size).getlength(text) + 0.5 * font_size)
-        x = np.r_[left, np.full(len(rows), left), right - w, left, right - w]
-        y = np.r_[top - h, rows, top - h, bottom, bottom]
-        x, y = np.clip(x, 0, max(width - w, 0)), np.clip(y, 0, max(height - h, 0))
-        hidden = [_hidden_share(place, w, h, others) for place in zip(x, y, strict=True)]
-        for i in np.argsort(np.array(hidden) + 0.05 * np.arange(len(x)), kind="stable"):
-            label = Label(text, float(x[i]), float(y[i]), float(w), float(h))
-            if not any(label.overlap(other) for other in taken):
-                return label
-    return None
-
-
-def _hidden_share(corner: tuple[float, float], w: float, h: float, boxes: np.ndarray) -> float:
-    """How many boxes' worth of boxes (n, 4) a label of size (w, h) at this corner hides."""
-    start = np.maximum(boxes[:, :2], corner)
-    end = np.minimum(boxes[:, 2:], np.add(corner, (w, h)))
-    covered = np.prod(np.maximum(end - start, 0), axis=1)
-    return float((covered / np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).clip(1)).sum())
-
-
-def _contours(segm: Segmentation, im_shape: Sequence[int], scale: float) -> list[np.ndarray]:
-    """Outlines of a mask in picture pixels, (n, 2) each; [] for an empty mask."""
-    mask = rle_to_mask(segm) if is_rle(segm) else polys_to_mask(segm, *im_shape[:2])
-    rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
-    if not len(rows):
-        return []
-    # A margin of zeros keeps the outline closed when the enlarged mask is smoothed.
-    crop = np.pad(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 1)
-    offset = np.array([columns[0] - 1, rows[0] - 1])
-    if scale > 1:
-        size = tuple(round(side * scale) for side in crop.shape[::-1])
-        crop = (cv2.resize(crop.astype(np.float32), size) > 0.5).astype(np.uint8)
-    found, _ = cv2.findContours(crop, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    return [contour.reshape(-1, 2) + offset * scale for contour in found]
+        raise OSError(f"{path}: a picture of this size or kind cannot be written")
+    with atomic_write(path) as file:
+        file.write(encoded.tobytes())
 
 
 def _draw_mask(canvas: np.ndarray, instance: Instance, line_width: int) -> None:
@@ -298,7 +133,7 @@ def _draw_labels(canvas: np.ndarray, layout: Layout) -> np.ndarray:
             middle,
             label.text,
             fill=text_colour(instance.colour),
-            font=_font(layout.font_size),
+            font=font(layout.font_size),
             anchor="lm",
         )
     return np.ascontiguousarray(np.asarray(picture)[..., ::-1])

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
-
 import numpy as np
-from matplotlib.backends.backend_pdf import FigureCanvasPdf, PdfPages
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 
-from utils.vis import FONT_FILE, LABEL_ALPHA, MASK_ALPHA, Colour, Layout, resized, text_colour
+from utils.vis_layout import (
+    FONT_FILE,
+    LABEL_ALPHA,
+    MASK_ALPHA,
+    Colour,
+    Layout,
+    resized,
+    text_colour,
+)
 
 # With 72 pixels to the inch a point is a pixel, so that widths and font sizes carry over.
 DPI = 72
 
 
-def save_pdf(path: str | Path, pages: Iterable[tuple[np.ndarray, Layout]]) -> None:
-    """Write a PDF with one page for each (image (H, W, 3) uint8 BGR, layout).
-
-    Nothing is left behind if there are no pages.
-    """
-    with PdfPages(path) as pdf:
-        for im, layout in pages:
-            pdf.savefig(_page(im, layout))
-
-
-def _page(im: np.ndarray, layout: Layout) -> Figure:
+def page(im: np.ndarray, layout: Layout) -> Figure:
+    """A page of one picture, from its image (H, W, 3) uint8 BGR."""
     figure = Figure(figsize=(layout.width / DPI, layout.height / DPI), dpi=DPI)
     FigureCanvasPdf(figure)
     axes = figure.add_axes((0, 0, 1, 1))

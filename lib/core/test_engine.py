@@ -1,0 +1,230 @@
+"""A data set to results: detect in every image, keep the detections in a file, evaluate them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from core.config import cfg
+from core.errors import UserError
+from core.test import ClassBoxes, ClassSegms
+from core.test_pipeline import detect_files
+from core.train_engine import place_model
+from datasets import task_evaluation
+from datasets.json_dataset import JsonDataset
+from modeling.model_builder import Generalized_RCNN
+from utils.detectron_weight_helper import load_detectron_weight
+from utils.net import load_ckpt
+from utils.progress import Progress
+from utils.vis import vis_one_image
+from utils.weights import atomic_write
+
+logger = logging.getLogger(__name__)
+
+DETECTIONS_FILE = "detections.pkl"
+# Detections that score less are left out of the pictures.
+VIS_THRESH = 0.7
+
+
+@dataclass
+class DatasetResults:
+    """Detections of a data set's images as Detectron nests them: `all_boxes[class][image]`."""
+
+    all_boxes: list[list[np.ndarray | list]]
+    all_segms: list[list[list[dict[str, Any]]]]
+    all_keyps: list[list[list]]
+
+    @classmethod
+    def empty(cls, num_classes: int, num_images: int) -> DatasetResults:
+        """Nothing detected yet: every entry is []."""
+        return cls(
+            *([[[] for _ in range(num_images)] for _ in range(num_classes)] for _ in range(3))
+        )
+
+    def extend(self, image: int, cls_boxes: ClassBoxes, cls_segms: ClassSegms | None) -> None:
+        """Put in what was detected in one image; class 0, the background, stays []."""
+        for j in range(1, len(cls_boxes)):
+            self.all_boxes[j][image] = cls_boxes[j]
+            if cls_segms is not None:
+                self.all_segms[j][image] = cls_segms[j]
+
+    def save(self, path: Path) -> None:
+        """Write Detectron's detections file: whole, or not at all."""
+        content = {
+            "all_boxes": self.all_boxes,
+            "all_segms": self.all_segms,
+            "all_keyps": self.all_keyps,
+            "cfg": yaml.safe_dump(_plain(cfg), sort_keys=False),
+        }
+        with atomic_write(path) as file:
+            pickle.dump(content, file, pickle.HIGHEST_PROTOCOL)
+        logger.info("wrote %s", path.resolve())
+
+
+def run_inference(
+    args: argparse.Namespace, ind_range: tuple[int, int] | None = None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Test a model on cfg.TEST.DATASETS.
+
+    Args:
+        args: `load_ckpt` or `load_detectron` (weight file), `output_dir`, `device`, and optionally
+            `bs` (images a forward pass, 1) and `vis` (draw the detections too).
+        ind_range: test only the images START .. END - 1 and write a part file; nothing is scored.
+
+    Returns:
+        data set -> task -> metric -> value; {} with ind_range.
+    """
+    model = initialize_model_from_cfg(args)
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for name in cfg.TEST.DATASETS:
+        folder = Path(args.output_dir)
+        if len(cfg.TEST.DATASETS) > 1:
+            folder = folder / name
+        options = {"batch_size": getattr(args, "bs", 1), "vis": getattr(args, "vis", False)}
+        if ind_range is None:
+            results.update(test_net_on_dataset(model, name, folder, **options))
+        else:
+            test_net(model, name, folder, ind_range, **options)
+    return results
+
+
+def test_net_on_dataset(
+    model: nn.Module, dataset_name: str, output_dir: Path, *, batch_size: int = 1, vis: bool = False
+) -> Mapping[str, dict[str, dict[str, float]]]:
+    """Detect in every image of a data set, write `detections.pkl`, and evaluate.
+
+    Returns:
+        data set -> task -> metric -> value.
+    """
+    dataset = JsonDataset(dataset_name)
+    found = test_net(model, dataset, output_dir, batch_size=batch_size, vis=vis)
+    return task_evaluation.evaluate_all(
+        dataset, found.all_boxes, found.all_segms, found.all_keyps, str(output_dir)
+    )
+
+
+def test_net(
+    model: nn.Module,
+    dataset: JsonDataset | str,
+    output_dir: Path,
+    ind_range: tuple[int, int] | None = None,
+    *,
+    batch_size: int = 1,
+    vis: bool = False,
+) -> DatasetResults:
+    """Detect in the images of a data set (or of a range of it) and write the detections file.
+
+    Args:
+        model: `Generalized_RCNN` in eval mode.
+        ind_range: first image and one past the last, in the order of image ids; the file is then
+            `detection_range_{START}_{END}.pkl`.
+        vis: also write a PDF of each image's detections into `output_dir/vis`.
+
+    Raises:
+        UserError: an image cannot be read, or the range is not one of this data set.
+    """
+    dataset = JsonDataset(dataset) if isinstance(dataset, str) else dataset
+    roidb = dataset.get_roidb()
+    file = Path(output_dir) / DETECTIONS_FILE
+    if ind_range is not None:
+        start, end = ind_range
+        if not 0 <= start < end <= len(roidb):
+            raise UserError(
+                f"--range {start} {end} is not part of {dataset.name}: it has {len(roidb)} images, "
+                f"so START may be 0 to {len(roidb) - 1} and END at most {len(roidb)}."
+            )
+        roidb = roidb[start:end]
+        file = file.with_name(f"detection_range_{start}_{end}.pkl")
+    make_folder(file.parent)
+
+    results = DatasetResults.empty(cfg.MODEL.NUM_CLASSES, len(roidb))
+    with Progress(len(roidb)) as progress:
+        for found in detect_files(
+            model,
+            [entry["image"] for entry in roidb],
+            [(entry["height"], entry["width"]) for entry in roidb],
+            batch_size=batch_size,
+            num_workers=cfg.DATA_LOADER.NUM_THREADS,
+        ):
+            if found.error is not None:
+                raise found.error
+            results.extend(found.index, found.cls_boxes, found.cls_segms)
+            if vis:
+                name = f"{Path(roidb[found.index]['image']).stem}.pdf"
+                make_folder(file.parent / "vis")
+                vis_one_image(
+                    found.image,
+                    file.parent / "vis" / name,
+                    found.cls_boxes,
+                    found.cls_segms,
+                    class_names=dataset.classes,
+                    thresh=VIS_THRESH,
+                )
+            progress.advance()
+    results.save(file)
+    return results
+
+
+def initialize_model_from_cfg(args: argparse.Namespace) -> nn.Module:
+    """The configured model with the weights of `args.load_ckpt` or `args.load_detectron`, in eval
+    mode on `args.device`. Raises UserError if the weights are not those of such a model."""
+    model = Generalized_RCNN()
+    if args.load_ckpt:
+        logger.info("loading checkpoint %s", args.load_ckpt)
+        load_ckpt(model, args.load_ckpt)
+    else:
+        logger.info("loading Detectron weights %s", args.load_detectron)
+        load_detectron_weight(model, args.load_detectron)
+    return place_model(model, torch.device(args.device)).eval()
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device that `--device` names; by default CUDA if there is any.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} cannot be used ({str(error).splitlines()[0]}): name cpu, cuda or "
+            "cuda:N."
+        ) from error
+    return device
+
+
+def make_folder(folder: str | Path) -> Path:
+    """The folder, made if it does not exist. Raises UserError if that is impossible."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {folder} ({error.strerror}): choose another with --output_dir."
+        ) from error
+    return folder
+
+
+def _plain(value: Any) -> Any:
+    """Config values as YAML knows them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value

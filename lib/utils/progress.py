@@ -1,0 +1,58 @@
+"""How far a long loop is: a bar on a terminal, a log line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from datetime import timedelta
+from types import TracebackType
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts what is done of `total` things and shows rate and remaining time.
+
+    Used as a context manager around the loop; `advance()` once a thing is done.
+    """
+
+    def __init__(self, total: int, what: str = "images") -> None:
+        self.total, self.what, self.done = total, what, 0
+        self._bar = tqdm(total=total, unit=f" {what}", leave=False) if sys.stderr.isatty() else None
+        self._start = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if kind is None:
+            elapsed = time.monotonic() - self._start
+            rate = self.done / max(elapsed, 1e-9)
+            logger.info("%d %s in %.1f s (%.1f a second)", self.done, self.what, elapsed, rate)
+
+    def advance(self, count: int = 1) -> None:
+        """Say that `count` more are done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= SECONDS_BETWEEN_LINES and self.done < self.total:
+            self._last_line = now
+            rate = self.done / (now - self._start)
+            eta = timedelta(seconds=round((self.total - self.done) / rate))
+            logger.info(
+                "%d of %d %s, %.2f a second, ETA %s", self.done, self.total, self.what, rate, eta
+            )
