@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from core.attr_dict import AttrDict
 
 SOLVER_TYPES = ("SGD", "Adam", "AdamW")
-LR_POLICIES = ("step", "steps_with_decay", "steps_with_lrs", "cosine_decay", "exp_decay")
+LR_POLICIES = (
+    "step",
+    "steps_with_decay",
+    "steps_with_lrs",
+    "cosine_decay",
+    "exp_decay",
+    "cosine",  # the last two are short for the two before
+    "exp",
+)
 WARM_UP_METHODS = ("constant", "linear")
 ROI_XFORM_METHODS = ("RoIPoolF", "RoICrop", "RoIAlign")
 CONV_INITS = ("GaussianFill", "MSRAFill")
