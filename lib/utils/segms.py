@@ -108,14 +108,14 @@ def mask_to_bbox(mask: np.ndarray) -> np.ndarray | None:
     return np.array((xs[0], ys[0], xs[-1], ys[-1]), dtype=np.float32)
 
 
-def clip_polygon(polygon: Sequence[float], width: float, height: float) -> np.ndarray | None:
-    """The part of a polygon inside [0, width] x [0, height] (Sutherland-Hodgman).
+def clip_polygon(polygon: Sequence[float], axis: int, extent: float) -> np.ndarray | None:
+    """The part of a polygon in the strip 0 <= x <= extent (axis 0) or 0 <= y <= extent (axis 1).
 
-    A concave polygon that falls apart stays one polygon whose parts are joined along the window's
-    border, where they enclose nothing. Returns float64 (2n,), or None if nothing is left.
+    Sutherland-Hodgman: a concave polygon that falls apart stays one polygon whose parts are joined
+    along the border, where they enclose nothing. Returns float64 (2n,), None if nothing is left.
     """
     points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-    for axis, bound, sign in ((0, 0.0, 1), (0, width, -1), (1, 0.0, 1), (1, height, -1)):
+    for bound, sign in ((0.0, 1), (extent, -1)):
         points = _clip_half_plane(points, axis, bound, sign)
         if len(points) < 3:
             return None

@@ -1,0 +1,114 @@
+"""Aspect cropping: cutting very long or very high images to a given aspect ratio.
+
+The window is chosen in the resized image, where it has whole pixels. Ground truth follows in
+original-image pixels: what starts at c in the resized image starts at c / scale there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+import utils.segms as segm_utils
+from datasets.entry import RoidbEntry
+
+X, Y = 0, 1
+
+
+@dataclass(frozen=True)
+class CropWindow:
+    """A cut along one axis (X or Y), in pixels of the image resized by `scale`."""
+
+    axis: int
+    start: int
+    size: int
+    scale: float
+
+    @property
+    def offset(self) -> float:
+        """Where the window starts, in original-image pixels."""
+        return self.start / self.scale
+
+    @property
+    def extent(self) -> float:
+        """How long the window is, in original-image pixels."""
+        return self.size / self.scale
+
+
+def choose_window(
+    entry: RoidbEntry,
+    resized: tuple[int, int],
+    scale: float,
+    ratio: float,
+    rng: np.random.RandomState,
+) -> CropWindow:
+    """Cut an image of `resized` = (height, width) pixels to width / height = ratio.
+
+    The place is random among those that hold all objects; where there are none such, among those
+    that hold one object (drawn at random) as far as possible. Crowd regions do not count.
+    """
+    height, width = resized
+    if width > height * ratio:
+        axis, length, size = X, width, math.ceil(height * ratio)
+    else:
+        axis, length, size = Y, height, math.ceil(width / ratio)
+    size = min(size, length)
+    boxes = entry["boxes"][~entry["is_crowd"]]
+    if len(boxes) == 0:
+        return CropWindow(axis, rng.randint(length - size + 1), size, scale)
+    begins, ends = boxes[:, axis] * scale, (boxes[:, axis + 2] + 1) * scale
+    begin, end = begins.min(), ends.max()
+    if end - begin > size:
+        chosen = rng.randint(len(boxes))
+        begin, end = begins[chosen], ends[chosen]
+    # From here the window covers [begin, end), or lies inside it if it is the shorter one.
+    first, last = sorted((math.ceil(end - size), math.floor(begin)))
+    first, last = (min(max(place, 0), length - size) for place in (first, last))
+    return CropWindow(axis, rng.randint(first, last + 1), size, scale)
+
+
+def crop_entry(entry: RoidbEntry, window: CropWindow) -> RoidbEntry:
+    """The objects of an image as seen in a window of it; the entry itself is left as it is.
+
+    Boxes, polygons, RLE masks (decoded to uint8 arrays) and keypoints are shifted and cut;
+    objects whose box is outside the window disappear.
+    """
+    low, high = window.axis, window.axis + 2
+    boxes = entry["boxes"].copy()
+    boxes[:, [low, high]] = np.clip(boxes[:, [low, high]] - window.offset, 0, window.extent - 1)
+    kept = np.flatnonzero(boxes[:, high] > boxes[:, low])
+    cropped = dict(entry, boxes=boxes[kept])
+    for key in ("gt_classes", "is_crowd"):
+        cropped[key] = entry[key][kept]
+    cropped["segms"] = [_crop_segm(entry["segms"][i], window) for i in kept]
+    if "gt_keypoints" in entry:
+        cropped["gt_keypoints"] = _crop_keypoints(entry["gt_keypoints"][kept], window)
+    return cropped
+
+
+def _crop_segm(segm: list | dict, window: CropWindow) -> list | np.ndarray:
+    if isinstance(segm, dict):
+        mask = segm_utils.rle_to_mask(segm)
+        # Nearest pixel: the offset in original-image pixels need not be whole.
+        places = np.floor(np.arange(math.ceil(window.extent)) + window.offset + 0.5).astype(int)
+        last = mask.shape[1 - window.axis] - 1
+        return mask.take(np.minimum(places, last), axis=1 - window.axis)
+    cut = []
+    for polygon in segm:
+        points = polygon.copy()
+        points[window.axis :: 2] -= window.offset
+        points = segm_utils.clip_polygon(points, window.axis, window.extent)
+        if points is not None:
+            cut.append(points)
+    return cut
+
+
+def _crop_keypoints(keypoints: np.ndarray, window: CropWindow) -> np.ndarray:
+    """Points (n, 3, K) in the window, as float32; those outside lose their label."""
+    moved = keypoints.astype(np.float32)
+    moved[:, window.axis] -= window.offset
+    place = moved[:, window.axis]
+    unlabelled = (moved[:, 2] == 0) | (place < 0) | (place > window.extent - 1)
+    return np.where(unlabelled[:, None], 0, moved)

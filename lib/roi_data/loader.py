@@ -1,0 +1,243 @@
+"""The training loader: which image when (samplers), and batches for every GPU (collation)."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+import torch.utils.data as torch_data
+
+from core.config import cfg
+from core.errors import UserError
+from datasets.entry import RoidbEntry
+from roi_data.minibatch import MinibatchOptions, Sample, get_sample, pack_minibatch
+
+# (roidb index, aspect ratio of the group, seed of the image's draws)
+Item = tuple[int, float, int]
+
+_ENTRY_KEYS = (
+    "id",
+    "image",
+    "height",
+    "width",
+    "flipped",
+    "need_crop",
+    "boxes",
+    "gt_classes",
+    "is_crowd",
+    "segms",
+    "gt_keypoints",
+)
+
+
+class RoiDataLoader(torch_data.Dataset):
+    """Training images by (index, ratio, seed): see `roi_data.minibatch.get_sample`.
+
+    num_classes: with background; UserError if a label of the roidb is not below it. training is
+    True: this data set has no other use.
+    """
+
+    def __init__(
+        self, roidb: Sequence[RoidbEntry], num_classes: int, training: bool = True
+    ) -> None:
+        if not training:
+            raise ValueError("RoiDataLoader is for training; core.test_engine reads test images")
+        largest = max((int(e["gt_classes"].max(initial=0)) for e in roidb), default=0)
+        if largest >= num_classes:
+            raise UserError(
+                f"the training data have class label {largest} but MODEL.NUM_CLASSES is "
+                f"{num_classes}; set it to the number of classes with background"
+            )
+        self._options = MinibatchOptions.from_cfg()
+        # One block of bytes is shared by all loader processes. Python objects would be copied
+        # to each, page by page, as their reference counts change.
+        keys = [k for k in _ENTRY_KEYS if self._options.masks or k != "segms"]
+        records = [pickle.dumps({k: e[k] for k in keys if k in e}, protocol=5) for e in roidb]
+        self._offsets = np.cumsum([0] + [len(record) for record in records])
+        self._records = np.frombuffer(b"".join(records), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, item: Item) -> Sample:
+        index, ratio, seed = item
+        begin, end = self._offsets[index : index + 2]
+        entry = pickle.loads(self._records[begin:end].data)
+        entry.setdefault("segms", [[]] * len(entry["boxes"]))
+        return get_sample(entry, ratio, seed, self._options)
+
+
+def cal_minibatch_ratio(ratio_list: np.ndarray, ims_per_batch: int) -> np.ndarray:
+    """The target aspect ratio of each image: that of its group of `ims_per_batch` neighbours.
+
+    It is the group's first ratio if all are below 1, its last if all are above 1, else 1.
+    ratio_list and result: float64 (n,).
+    """
+    target = np.ones(len(ratio_list), dtype=np.float64)
+    for begin in range(0, len(ratio_list), ims_per_batch):
+        group = ratio_list[begin : begin + ims_per_batch]
+        if (group < 1).all():
+            target[begin : begin + ims_per_batch] = group[0]
+        elif (group > 1).all():
+            target[begin : begin + ims_per_batch] = group[-1]
+    return target
+
+
+class MinibatchSampler(torch_data.Sampler):
+    """An endless sequence of passes over the images, each in another order.
+
+    Arguments as `rank_for_training` returns them. With TRAIN.ASPECT_GROUPING, IMS_PER_BATCH
+    neighbours in aspect ratio form a group, groups are shuffled, and what does not fill a group
+    comes last. Every iteration is the next pass; `epoch` is the number of the next one, and order
+    and seeds of a pass depend on cfg.RNG_SEED and that number alone.
+    """
+
+    def __init__(self, ratio_list: np.ndarray, ratio_index: np.ndarray) -> None:
+        self._ratios = np.asarray(ratio_list)
+        self._indices = np.asarray(ratio_index)
+        self._group = cfg.TRAIN.IMS_PER_BATCH
+        self._grouping = cfg.TRAIN.ASPECT_GROUPING
+        self._seed = cfg.RNG_SEED
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[Item]:
+        rng = np.random.RandomState([self._seed % 2**32, self.epoch])
+        self.epoch += 1
+        pairs = self.shuffled(rng)
+        seeds = rng.randint(2**31, size=len(self), dtype=np.int64).tolist()
+        for (index, ratio), seed in zip(pairs, seeds, strict=True):
+            yield index, ratio, seed
+
+    def shuffled(self, rng: np.random.RandomState) -> list[tuple[int, float]]:
+        """(roidb index, target ratio) of one pass, in an order drawn from rng."""
+        if self._grouping:
+            order = np.arange(len(self))
+            whole_groups = order[: len(self) // self._group * self._group]
+            rng.shuffle(whole_groups.reshape(-1, self._group))  # a view: order changes with it
+            ratios = cal_minibatch_ratio(self._ratios, self._group)[order]
+        else:
+            order = rng.permutation(len(self))
+            ratios = cal_minibatch_ratio(self._ratios[order], self._group)
+        return list(zip(self._indices[order].tolist(), ratios.tolist(), strict=True))
+
+
+class BatchSampler(torch_data.BatchSampler):
+    """Lists of batch_size items of a MinibatchSampler; each iteration is its next pass.
+
+    `seek` makes resuming exact: the state of a training is the number of batches it has consumed.
+    """
+
+    def __init__(self, sampler: MinibatchSampler, batch_size: int, drop_last: bool) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+        self._skip = 0
+
+    def seek(self, batches: int) -> None:
+        """Let the next iteration start after so many batches of the whole sequence of passes."""
+        self.sampler.epoch, self._skip = divmod(batches, len(self))
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        skip, self._skip = self._skip, 0
+        return itertools.islice(super().__iter__(), skip, None)
+
+
+def collate_minibatch(
+    samples: Sequence[Sample], options: MinibatchOptions | None = None
+) -> dict[str, list]:
+    """Batch for all GPUs: each key of `pack_minibatch` with a list of one entry per GPU.
+
+    Every GPU gets options.ims_per_batch images in order; options are those of cfg by default.
+    """
+    options = options or MinibatchOptions.from_cfg()
+    size = options.ims_per_batch
+    parts = [
+        pack_minibatch(samples[begin : begin + size], options)
+        for begin in range(0, len(samples), size)
+    ]
+    return {key: [part[key] for part in parts] for key in parts[0]}
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A user's mistake met in a loader process: torch would wrap it in a traceback as text."""
+
+    message: str
+
+
+class _Reporting(torch_data.Dataset):
+    """Hands UserErrors on as values."""
+
+    def __init__(self, dataset: RoiDataLoader) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, item: Item) -> Sample | _Failure:
+        try:
+            return self._dataset[item]
+        except UserError as error:
+            return _Failure(str(error))
+
+
+def _collate(samples: Sequence, options: MinibatchOptions) -> dict[str, list] | _Failure:
+    for sample in samples:
+        if isinstance(sample, _Failure):
+            return sample
+    try:
+        return collate_minibatch(samples, options)
+    except UserError as error:
+        return _Failure(str(error))
+
+
+class TrainLoader(torch_data.DataLoader):
+    """A DataLoader that raises a worker's UserError as it was."""
+
+    def __iter__(self) -> Iterator[dict[str, list]]:
+        for batch in super().__iter__():
+            if isinstance(batch, _Failure):
+                raise UserError(batch.message)
+            yield batch
+
+
+def _init_worker(worker_id: int) -> None:
+    cv2.setNumThreads(0)  # the processes are the parallelism
+
+
+def build_train_loader(
+    roidb: Sequence[RoidbEntry],
+    ratio_list: np.ndarray,
+    ratio_index: np.ndarray,
+    batch_size: int,
+    num_workers: int,
+) -> TrainLoader:
+    """The loader of training batches over all GPUs, as `combined_roidb_for_training` feeds it.
+
+    batch_size: images over all GPUs. One iteration is one pass, the last incomplete batch left
+    out; `loader.batch_sampler.seek(n)` continues after n batches. What is drawn depends on
+    cfg.RNG_SEED and the number of the batch, not on num_workers. Raises UserError if the images
+    do not fill one batch; iterating raises UserError naming an image that cannot be used.
+    """
+    if len(roidb) < batch_size:
+        raise UserError(
+            f"{len(roidb)} training images do not fill a batch of {batch_size}; "
+            f"use --bs {len(roidb)} or less, or more images"
+        )
+    sampler = MinibatchSampler(ratio_list, ratio_index)
+    return TrainLoader(
+        _Reporting(RoiDataLoader(roidb, cfg.MODEL.NUM_CLASSES)),
+        batch_sampler=BatchSampler(sampler, batch_size, drop_last=True),
+        num_workers=num_workers,
+        collate_fn=functools.partial(_collate, options=MinibatchOptions.from_cfg()),
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_init_worker,
+        persistent_workers=num_workers > 0,
+    )
