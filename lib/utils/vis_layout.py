@@ -21,8 +21,9 @@ from utils.segms import Segmentation, is_rle, polys_to_mask, rle_to_mask
 
 MASK_ALPHA = 0.4
 LABEL_ALPHA = 0.85
-# The longer and the shorter side of a picture are at least this long.
-MIN_LONG_SIDE, MIN_SHORT_SIDE = 600, 60
+# A picture is at least this large, unless that makes a narrow one too long.
+MIN_LONG_SIDE, MIN_HEIGHT, MIN_WIDTH = 600, 60, 160
+MAX_ENLARGED_SIDE = 8000
 FONT_FILE = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
 
 Colour = tuple[int, int, int]
@@ -96,7 +97,9 @@ def lay_out(
         thresh: detections that score less are left out.
     """
     height, width = im_shape[:2]
-    scale = max(1.0, MIN_LONG_SIDE / max(height, width), MIN_SHORT_SIDE / min(height, width))
+    longer = max(height, width)
+    scale = max(MIN_LONG_SIDE / longer, MIN_HEIGHT / height, MIN_WIDTH / width)
+    scale = max(1.0, min(scale, MAX_ENLARGED_SIDE / longer))
     height, width = round(height * scale), round(width * scale)
     size = (height * width) ** 0.5
     font_size = min(max(13, round(0.021 * size)), max(8, height // 4))
@@ -155,9 +158,11 @@ def _place(
     rows = np.arange(top, max(bottom - h, top) + 1, h)[:8]
     for text in texts:
         w = round(font(font_size).getlength(text) + 0.5 * font_size)
+        if w > width or h > height:
+            continue
         x = np.r_[left, np.full(len(rows), left), right - w, left, right - w]
         y = np.r_[top - h, rows, top - h, bottom, bottom]
-        x, y = np.clip(x, 0, max(width - w, 0)), np.clip(y, 0, max(height - h, 0))
+        x, y = np.clip(x, 0, width - w), np.clip(y, 0, height - h)
         hidden = [_hidden_share(place, w, h, others) for place in zip(x, y, strict=True)]
         for i in np.argsort(np.array(hidden) + 0.05 * np.arange(len(x)), kind="stable"):
             label = Label(text, float(x[i]), float(y[i]), float(w), float(h))
