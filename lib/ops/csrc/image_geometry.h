@@ -1,0 +1,61 @@
+// One image's place in a batch and the bilinear coordinates of its resized pixels; CPU and CUDA.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HOST_DEVICE inline
+#endif
+
+namespace detectron {
+
+constexpr int kMetaColumns = 9;
+
+struct ImageMeta {
+  bool valid;  // the pixels lie inside the buffer and there are some
+  int64_t offset;
+  int height, width;
+  bool flip;
+  int out_height, out_width, crop_x, crop_y;
+  double inv_scale;
+};
+
+HOST_DEVICE ImageMeta image_meta(const double* row, int64_t num_bytes) {
+  ImageMeta m;
+  m.offset = static_cast<int64_t>(row[0]);
+  m.height = static_cast<int>(row[1]);
+  m.width = static_cast<int>(row[2]);
+  m.flip = row[3] != 0;
+  m.out_height = static_cast<int>(row[4]);
+  m.out_width = static_cast<int>(row[5]);
+  m.crop_x = static_cast<int>(row[6]);
+  m.crop_y = static_cast<int>(row[7]);
+  m.inv_scale = row[8];
+  m.valid = row[0] >= 0 && m.height > 0 && m.width > 0 && m.inv_scale - m.inv_scale == 0 &&
+      m.offset <= num_bytes - static_cast<int64_t>(m.height) * m.width * 3;
+  return m;
+}
+
+struct Bilinear {
+  int low, high;
+  float weight_low, weight_high;
+};
+
+// OpenCV's INTER_LINEAR for a given factor: half-pixel centres, borders replicated, float weights.
+HOST_DEVICE Bilinear bilinear(int position, double inv_scale, int size) {
+  const double exact = (static_cast<double>(position) + 0.5) * inv_scale - 0.5;
+  const double last = static_cast<double>(size - 1);
+  const float c = static_cast<float>(exact < 0 ? 0 : (exact > last ? last : exact));
+  Bilinear b;
+  b.low = static_cast<int>(c);
+  if (b.low > size - 1) b.low = size - 1;  // rounding to float may pass the last pixel
+  b.weight_high = c - static_cast<float>(b.low);
+  b.high = b.low + 1 < size ? b.low + 1 : b.low;
+  b.weight_low = 1.f - b.weight_high;
+  return b;
+}
+
+}  // namespace detectron

@@ -1,0 +1,58 @@
+// Schemas of the operators and their registration. Only torch/library.h: one build serves any Python.
+#include <torch/library.h>
+
+#include "ops.h"
+
+TORCH_LIBRARY(detectron, m) {
+  m.def("nms(Tensor boxes, Tensor scores, float thresh, bool plus_one=True) -> Tensor");
+  m.def(
+      "batched_nms(Tensor boxes, Tensor valid, float thresh, int max_out, bool plus_one=True)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "roi_align(Tensor[] features, Tensor rois, Tensor? levels, float[] scales, int pooled_h,"
+      " int pooled_w, int sampling_ratio, bool aligned) -> Tensor");
+  m.def(
+      "roi_align_backward(Tensor grad, Tensor rois, Tensor? levels, float[] scales, SymInt[] sizes,"
+      " int sampling_ratio, bool aligned, bool channels_last) -> Tensor[]");
+  m.def(
+      "image_batch(Tensor pixels, Tensor meta, SymInt height, SymInt width, Tensor means) -> Tensor");
+  m.def(
+      "polygons_to_masks(Tensor coords, Tensor poly_offsets, Tensor object_offsets, Tensor rois,"
+      " Tensor object_index, int resolution) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(detectron, CPU, m) {
+  m.impl("nms", &detectron::cpu::nms);
+  m.impl("batched_nms", &detectron::cpu::batched_nms);
+  m.impl("roi_align", &detectron::cpu::roi_align);
+  m.impl("roi_align_backward", &detectron::cpu::roi_align_backward);
+  m.impl("image_batch", &detectron::cpu::image_batch);
+  m.impl("polygons_to_masks", &detectron::cpu::polygons_to_masks);
+}
+
+#ifdef WITH_CUDA
+TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
+  m.impl("nms", &detectron::cuda::nms);
+  m.impl("batched_nms", &detectron::cuda::batched_nms);
+  m.impl("roi_align", &detectron::cuda::roi_align);
+  m.impl("roi_align_backward", &detectron::cuda::roi_align_backward);
+  m.impl("image_batch", &detectron::cuda::image_batch);
+  m.impl("polygons_to_masks", &detectron::cuda::polygons_to_masks);
+}
+#else
+namespace {
+void built_without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK(
+      false, op.schema().name(),
+      ": the operators were built without CUDA; install nvcc and run ./make.sh again"
+      " (with FORCE_CUDA=1 where no GPU is visible while building)");
+}
+}  // namespace
+
+TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
+  for (const char* name : {"nms", "batched_nms", "roi_align", "roi_align_backward", "image_batch",
+                           "polygons_to_masks"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
+  }
+}
+#endif

@@ -1,0 +1,39 @@
+// Entry points of the operators; schemas and registration are in library.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace detectron {
+
+using at::Tensor;
+using Sizes = at::IntArrayRef;
+using Scales = at::ArrayRef<double>;
+
+#define DETECTRON_OPS(backend)                                                                   \
+  namespace backend {                                                                            \
+  Tensor nms(const Tensor& boxes, const Tensor& scores, double thresh, bool plus_one);           \
+  std::tuple<Tensor, Tensor> batched_nms(                                                        \
+      const Tensor& boxes, const Tensor& valid, double thresh, int64_t max_out, bool plus_one);  \
+  Tensor roi_align(                                                                              \
+      at::TensorList features, const Tensor& rois, const std::optional<Tensor>& levels,          \
+      Scales scales, int64_t pooled_h, int64_t pooled_w, int64_t sampling_ratio, bool aligned);  \
+  std::vector<Tensor> roi_align_backward(                                                        \
+      const Tensor& grad, const Tensor& rois, const std::optional<Tensor>& levels,               \
+      Scales scales, Sizes sizes, int64_t sampling_ratio, bool aligned, bool channels_last);     \
+  Tensor image_batch(                                                                            \
+      const Tensor& pixels, const Tensor& meta, int64_t height, int64_t width,                   \
+      const Tensor& means);                                                                      \
+  Tensor polygons_to_masks(                                                                      \
+      const Tensor& coords, const Tensor& poly_offsets, const Tensor& object_offsets,            \
+      const Tensor& rois, const Tensor& object_index, int64_t resolution);                       \
+  }
+
+DETECTRON_OPS(cpu)
+DETECTRON_OPS(cuda)
+#undef DETECTRON_OPS
+
+}  // namespace detectron
