@@ -55,6 +55,18 @@ class TrainSettings:
     scale_momentum_twice: bool = False
     log_lr_change_threshold: float = 1.1
 
+    @classmethod
+    def from_solver(cls, solver: Any, **settings: Any) -> TrainSettings:
+        """What a config's SOLVER group says, with the other settings."""
+        return cls(
+            max_iter=solver.MAX_ITER,
+            scale_momentum=solver.SCALE_MOMENTUM,
+            scale_momentum_threshold=solver.SCALE_MOMENTUM_THRESHOLD,
+            scale_momentum_twice=solver.SCALE_MOMENTUM_TWICE,
+            log_lr_change_threshold=solver.LOG_LR_CHANGE_THRESHOLD,
+            **settings,
+        )
+
 
 def prepare_device(device: torch.device) -> None:
     """Settings for speed: cuDNN picks its kernels, fp32 products run in TF32 on CUDA.
@@ -111,7 +123,7 @@ def train(
     try:
         for step in range(settings.start_step, settings.max_iter):
             rate = learning_rate(step)
-            _set_rate(optimizer, rate, settings)
+            _set_rate(step, optimizer, rate, settings)
             _step(step, model, optimizer, scaler, batches, settings, stats)
             last = step + 1 == settings.max_iter
             if last or (step + 1) % settings.disp_interval == 0 or step == settings.start_step:
@@ -130,11 +142,13 @@ def train(
         raise
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float, settings: TrainSettings) -> None:
+def _set_rate(
+    step: int, optimizer: torch.optim.Optimizer, rate: float, settings: TrainSettings
+) -> None:
     old = net_utils.current_lr(optimizer)
     change = max(old / rate, rate / old) if min(old, rate) > 0 else 1.0
-    # Before its first step the optimizer holds the rate without warm-up.
-    if optimizer.state and change > settings.log_lr_change_threshold:
+    # Before the first step the optimizer holds the rate without warm-up.
+    if step > settings.start_step and change > settings.log_lr_change_threshold:
         logger.info("learning rate changes from %.6g to %.6g", old, rate)
     net_utils.update_learning_rate(
         optimizer,

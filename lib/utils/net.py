@@ -80,7 +80,12 @@ def build_optimizer(model: nn.Module, solver: Any, iter_size: int = 1) -> torch.
     trained = [p for group in groups for p in group["params"]]
     fused = all(p.is_floating_point() and p.device.type in ("cuda", "cpu") for p in trained)
     if solver.TYPE == "SGD":
-        return torch.optim.SGD(groups, momentum=solver.MOMENTUM, fused=fused)
+        optimizer = torch.optim.SGD(groups, momentum=solver.MOMENTUM, fused=fused)
+        # Zeros equal a first step without buffers. Fused SGD would make the buffers without
+        # filling them, and leaves them so when fp16's loss scaling skips that step.
+        for parameter in trained:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     if solver.TYPE == "Adam":
         return torch.optim.Adam(groups, fused=fused)
     if solver.TYPE == "AdamW":
@@ -211,19 +216,20 @@ def load_ckpt(
     ckpt: str | Path | Mapping[str, Any],
     *,
     new_classes: bool = False,
+    source: str | Path = "the checkpoint",
 ) -> None:
     """Load the weights of a checkpoint into a model.
 
     Args:
         ckpt: a file, a checkpoint's dict, or its state dict.
+        source: where a dict comes from, for messages.
         new_classes: predictor layers made for another number of classes keep their initialisation
             (fine-tuning) instead of being an error.
     Raises:
         UserError: the file is unusable, or the weights are not of this model.
     """
-    source = "the checkpoint"
     if isinstance(ckpt, (str, Path)):
-        source, ckpt = str(ckpt), read_ckpt(ckpt)
+        source, ckpt = ckpt, read_ckpt(ckpt)
     state = ckpt["model"] if isinstance(ckpt.get("model"), Mapping) else ckpt
     own = model.state_dict()
     # Layers without a Detectron blob are copies or constants; older checkpoints lack some.

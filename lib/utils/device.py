@@ -1,0 +1,34 @@
+"""Which device a script runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from core.errors import UserError
+
+
+def pick_devices(device: str | None = None, no_cuda: bool = False) -> list[torch.device]:
+    """Devices that the flags `--device` and `--no_cuda` ask for, the first of them first.
+
+    Args:
+        device: `cuda` (all visible GPUs), `cuda:1` (that one), `cpu`; None: `cuda` if there is one.
+    Raises:
+        UserError: there is no such device.
+    """
+    count = 0 if no_cuda else torch.cuda.device_count()
+    name = device or ("cuda" if count else "cpu")
+    try:
+        wanted = torch.device(name)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cuda", "cpu"):
+        raise UserError(f"--device {name} is not cuda, cuda:N or cpu")
+    if wanted.type == "cpu":
+        return [wanted]
+    if no_cuda:
+        raise UserError(f"--device {name} contradicts --no_cuda: leave one of them out")
+    if (wanted.index or 0) >= count:
+        raise UserError(f"--device {name}: torch sees {count} GPU(s) here; use --device cpu")
+    if wanted.index is not None:
+        return [wanted]
+    return [torch.device("cuda", index) for index in range(count)]
