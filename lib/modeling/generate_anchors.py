@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,29 +29,20 @@ def generate_anchors(
     return np.stack([centre - half_w, centre - half_h, centre + half_w, centre + half_h], axis=1)
 
 
-def anchor_field(
-    cell_anchors: np.ndarray, stride: int, height: int, width: int, device: torch.device
-) -> Tensor:
+def anchor_field(cell_anchors: Tensor, stride: int, height: int, width: int) -> Tensor:
     """Anchors of every cell of a feature map.
 
     Args:
-        cell_anchors: (A, 4) anchors of the cell at the origin.
+        cell_anchors: (A, 4) float32 anchors of the cell at the origin.
         stride: pixels of the network's input per cell.
         height, width: of the feature map, in cells.
 
     Returns:
-        (height * width * A, 4) float32; the anchor varies fastest, then the column. Do not
-        write to it: a field is made once for a size and device.
+        (height * width * A, 4) float32 on the device of cell_anchors; the anchor varies fastest,
+        then the column.
     """
-    return _field(tuple(map(tuple, cell_anchors.tolist())), stride, height, width, device)
-
-
-@functools.lru_cache(maxsize=128)
-@torch.inference_mode(False)  # a field made while testing may be used in training
-def _field(cell_anchors: tuple, stride: int, height: int, width: int, device) -> Tensor:
-    cells = torch.tensor(cell_anchors, dtype=torch.float32, device=device)
-    x = torch.arange(width, dtype=torch.float32, device=device) * stride
-    y = torch.arange(height, dtype=torch.float32, device=device) * stride
+    x = torch.arange(width, dtype=torch.float32, device=cell_anchors.device) * stride
+    y = torch.arange(height, dtype=torch.float32, device=cell_anchors.device) * stride
     shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")
     shifts = torch.stack([shift_x, shift_y, shift_x, shift_y], dim=-1)
-    return (shifts.reshape(-1, 1, 4) + cells).reshape(-1, 4)
+    return (shifts.reshape(-1, 1, 4) + cell_anchors).reshape(-1, 4)

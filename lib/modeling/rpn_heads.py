@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,8 +23,8 @@ def generic_rpn_outputs(dim_in: int, spatial_scale) -> nn.Module:
 class _RPN(nn.Module):
     """What both RPNs share: a 3x3 convolution and two 1x1 predictors, applied to every level.
 
-    Subclasses set `prefix` (of the parameter names), `strides`, `cell_anchors` (one array a
-    level, fine to coarse), `level_names` (suffixes of the loss names) and `blob_suffix`.
+    Subclasses set `prefix` (of the parameter names) and `blob_suffix`, and give the cell anchors
+    (A, 4), stride and name (suffix of the losses' names) of each level, fine to coarse.
     """
 
     prefix: str
@@ -33,7 +34,11 @@ class _RPN(nn.Module):
         self, dim_in: int, dim_out: int, cell_anchors: list, strides: list[int], names: list[str]
     ) -> None:
         super().__init__()
-        self.cell_anchors, self.strides, self.level_names = cell_anchors, strides, names
+        self.strides, self.level_names = strides, names
+        for name, cells in zip(names, cell_anchors, strict=True):
+            # A buffer follows the model to its device; made anew there it would have to be copied.
+            cells = torch.as_tensor(cells, dtype=torch.float32)
+            self.register_buffer(f"cell_anchors{name}", cells, persistent=False)
         self.dim_out = dim_out
         self.softmax = cfg.RPN.CLS_ACTIVATION == "softmax"
         num_anchors = len(cell_anchors[0])
@@ -77,11 +82,9 @@ class _RPN(nn.Module):
 
     def anchors(self, maps: list[Tensor]) -> list[Tensor]:
         """Anchors (H * W * A, 4) of each level's map (N, ?, H, W)."""
-        levels = zip(self.cell_anchors, self.strides, maps, strict=True)
-        return [
-            anchor_field(cells, stride, *x.shape[-2:], device=x.device)
-            for cells, stride, x in levels
-        ]
+        cells = [getattr(self, f"cell_anchors{name}") for name in self.level_names]
+        levels = zip(cells, self.strides, maps, strict=True)
+        return [anchor_field(cell, stride, *x.shape[-2:]) for cell, stride, x in levels]
 
     def propose(self, logits: list[Tensor], deltas: list[Tensor], im_info: Tensor) -> gp.Proposals:
         """Proposals without gradient, limited as the mode (train or test) says."""

@@ -68,9 +68,7 @@ def rpn_targets(
 
     Source: Faster R-CNN, section 3.1.3, as Detectron samples.
     """
-    matches = match_anchors(
-        anchors, gt_boxes, gt_valid, im_info, positive_overlap, straddle_thresh
-    )
+    matches = match_anchors(anchors, gt_boxes, gt_valid, im_info, positive_overlap, straddle_thresh)
     labels, inside_weight = sample_anchors(
         matches, negative_overlap, batch_size, int(fg_fraction * batch_size)
     )

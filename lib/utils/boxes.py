@@ -115,9 +115,11 @@ def bbox_transform(
     size = (boxes[..., 2:] - boxes[..., :2] + 1.0).unsqueeze(-2)
     centre = boxes[..., None, :2] + 0.5 * size
     tiles = deltas.reshape(*deltas.shape[:-1], -1, 4)
-    scaled = tiles / tiles.new_tensor(weights) if tuple(weights) != (1.0,) * 4 else tiles
-    new_centre = scaled[..., :2] * size + centre
-    half = 0.5 * torch.exp(scaled[..., 2:].clamp(max=clip)) * size
+    if any(weight != 1 for weight in weights):
+        parts = [part / weight for part, weight in zip(tiles.unbind(-1), weights, strict=True)]
+        tiles = torch.stack(parts, dim=-1)
+    new_centre = tiles[..., :2] * size + centre
+    half = 0.5 * torch.exp(tiles[..., 2:].clamp(max=clip)) * size
     return torch.cat([new_centre - half, new_centre + half - 1], dim=-1).reshape(deltas.shape)
 
 

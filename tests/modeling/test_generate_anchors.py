@@ -32,17 +32,16 @@ def test_known_anchors_of_faster_rcnn():
 def test_field_agrees_with_the_original(shared):
     golden = np.load(shared / "golden/units/anchors.npz")
     cells = generate_anchors(32, (256,), (0.5, 1, 2))
-    field = anchor_field(cells, 32, 14, 14, torch.device("cpu"))
+    field = anchor_field(torch.tensor(cells).float(), 32, 14, 14)
     np.testing.assert_array_equal(field.numpy(), golden["field_fpn5_max448"])
     cells = generate_anchors(16, (32, 64, 128, 256, 512), (0.5, 1, 2))
     side = golden["field_c4_max448_size"]
-    field = anchor_field(cells, 16, int(side[0]), int(side[1]), torch.device("cpu"))
+    field = anchor_field(torch.tensor(cells).float(), 16, *map(int, side))
     np.testing.assert_array_equal(field[:100].numpy(), golden["field_c4_max448_first100"])
 
 
 def test_field_runs_along_rows_with_the_anchor_fastest():
-    cells = np.array([[0.0, 0, 1, 1], [0, 0, 3, 3]])
-    field = anchor_field(cells, 8, 2, 3, torch.device("cpu"))
+    field = anchor_field(torch.tensor([[0.0, 0, 1, 1], [0, 0, 3, 3]]), 8, 2, 3)
     assert field.shape == (12, 4)
     assert field[2].tolist() == [8, 0, 9, 1]
     assert field[7].tolist() == [0, 8, 3, 11]

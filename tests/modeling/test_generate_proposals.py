@@ -20,7 +20,7 @@ def run(golden, prefix, im_info, cells, stride, **options):
     scores = torch.from_numpy(golden[f"{prefix}_scores"]).double()
     logits = torch.log(scores / (1 - scores))
     deltas = torch.from_numpy(golden[f"{prefix}_deltas"])
-    anchors = anchor_field(cells, stride, *scores.shape[-2:], torch.device("cpu"))
+    anchors = anchor_field(torch.tensor(cells).float(), stride, *scores.shape[-2:])
     return gp.generate_proposals(
         [logits], [deltas], [anchors], torch.from_numpy(im_info), **options
     )
@@ -102,10 +102,10 @@ def test_collect_per_image_sorts_and_keeps_empty_slots_last():
 
 def test_levels_of_different_sizes_are_padded_apart():
     """A level with fewer candidates than another yields only its own."""
-    cells = generate_anchors(16, (32,), (1,))
+    cells = torch.tensor(generate_anchors(16, (32,), (1,))).float()
     logits = [torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 1, 1)]
     deltas = [torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 1, 1)]
-    anchors = [anchor_field(cells, 16, *x.shape[-2:], torch.device("cpu")) for x in logits]
+    anchors = [anchor_field(cells, 16, *x.shape[-2:]) for x in logits]
     proposals = gp.generate_proposals(
         logits,
         deltas,
