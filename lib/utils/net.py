@@ -161,6 +161,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
         )
     order = [index for group in saved for index in group["params"]]
     entries = {new: state["state"][old] for new, old in enumerate(order) if old in state["state"]}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for new, entry in entries.items():
+        shapes = {tuple(v.shape) for v in entry.values() if torch.is_tensor(v) and v.dim()}
+        if shapes - {tuple(parameters[new].shape)}:
+            raise UserError(
+                "the checkpoint's optimizer state is of other parameters: resume with the config "
+                "it was made with, or leave out --resume"
+            )
     rates = [group["lr"] for group in saved if group["params"]]
     for group in mine["param_groups"]:
         if group["params"]:
