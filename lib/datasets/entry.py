@@ -40,9 +40,6 @@ def make_entry(
 ) -> RoidbEntry:
     """A roidb entry of ground truth; computes what follows from it."""
     n = len(boxes)
-    rows = np.zeros((n, num_classes), dtype=np.float32)
-    rows[np.arange(n), gt_classes] = 1.0
-    rows[is_crowd] = -1.0
     entry = {
         "id": image_id,
         "image": image,
@@ -59,7 +56,18 @@ def make_entry(
     }
     if gt_keypoints is not None:
         entry["gt_keypoints"] = gt_keypoints
-    set_overlaps(entry, rows)
+    if is_crowd.any():
+        overlaps = np.zeros((n, num_classes), dtype=np.float32)
+        overlaps[np.arange(n), gt_classes] = 1.0
+        overlaps[is_crowd] = -1.0
+        set_overlaps(entry, overlaps)
+    else:  # almost always: written down directly, as data sets have 100,000 images
+        entry["gt_overlaps"] = scipy.sparse.csr_matrix(
+            (np.ones(n, dtype=np.float32), gt_classes, np.arange(n + 1, dtype=np.int32)),
+            shape=(n, num_classes),
+        )
+        entry["max_overlaps"] = np.ones(n, dtype=np.float32)
+        entry["max_classes"] = gt_classes.astype(np.int64)
     return entry
 
 

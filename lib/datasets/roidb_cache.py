@@ -1,21 +1,19 @@
 """Ground-truth roidbs on disk: valid for exactly the content they were made from.
 
-The file's name holds a hash of everything that went in (annotation file, config keys, version of
-the code), so a changed input means another file and nothing can be stale. The format is npz with
-plain arrays, loaded with pickling off: a cache file can hold no code. Only what annotations say is
-stored; image paths, overlaps and flipped copies are made anew.
+The file's name holds a hash of everything that went in (annotation file, image directory, config
+keys, version of the code), so a changed input means another file and nothing can be stale. The
+format is npz with plain arrays, loaded with pickling off: a cache file can hold no code. Only what
+annotations say is stored; overlaps and flipped copies are made anew.
 """
 
 from __future__ import annotations
 
 import collections
 import hashlib
-import itertools
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ import numpy as np
 from core.config import cfg
 from datasets.entry import RoidbEntry, make_entry
 from datasets.json_dataset import JsonDataset, check_images_exist
+from datasets.packed_roidb import PackedRoidb
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def cached_gt_roidb(dataset: JsonDataset) -> list[RoidbEntry]:
     if cfg.DEBUG:
         return dataset.get_roidb(gt=True)
     path = cache_path(dataset)
-    roidb = _load(path, dataset)
+    roidb = _load(path, dataset) if path.exists() else None
     if roidb is None:
         roidb = dataset.get_roidb(gt=True)
         _save(path, dataset, roidb)
@@ -54,20 +53,25 @@ def cache_path(dataset: JsonDataset) -> Path:
     with open(dataset.annotation_file, "rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
-    settings = {"version": _CODE_VERSION, "TRAIN.GT_MIN_AREA": cfg.TRAIN.GT_MIN_AREA}
+    settings = {
+        "version": _CODE_VERSION,
+        "images": dataset.image_path(""),
+        "TRAIN.GT_MIN_AREA": cfg.TRAIN.GT_MIN_AREA,
+    }
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return Path(cfg.DATA_DIR) / "cache" / f"roidb_{dataset.name}_{digest.hexdigest()[:20]}.npz"
 
 
 def _save(path: Path, dataset: JsonDataset, roidb: list[RoidbEntry]) -> None:
     """Write atomically: whoever reads the path sees a whole file or none."""
-    arrays = _pack(roidb, dataset)
+    about = {"num_classes": dataset.num_classes, "findings": dataset.findings}
+    arrays = PackedRoidb.pack(roidb).arrays
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
         os.replace(temporary, path)
     except OSError as error:
         logger.warning("Cannot write the roidb cache %s (%s); going on without", path, error)
@@ -78,13 +82,12 @@ def _save(path: Path, dataset: JsonDataset, roidb: list[RoidbEntry]) -> None:
 
 
 def _load(path: Path, dataset: JsonDataset) -> list[RoidbEntry] | None:
-    if not path.exists():
-        return None
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-        roidb = list(_unpack(arrays, dataset))
-        dataset.findings = collections.Counter(dict(_from_text(arrays["findings"])))
+        about = json.loads(arrays.pop("about").tobytes())
+        dataset.findings = collections.Counter(about["findings"])
+        roidb = [_entry(item, about["num_classes"]) for item in PackedRoidb(arrays)]
     except Exception as error:  # a damaged file may raise anything, and must not stop a training
         logger.warning("Roidb cache %s is damaged (%s): made anew", path, error)
         return None
@@ -94,82 +97,8 @@ def _load(path: Path, dataset: JsonDataset) -> list[RoidbEntry] | None:
     return roidb
 
 
-def _pack(roidb: list[RoidbEntry], dataset: JsonDataset) -> dict[str, np.ndarray]:
-    """A roidb as flat arrays. `polygons` counts an object's polygons (-1: it is the next RLE),
-    `points` counts the numbers of each polygon."""
-    polygons, points, coords, rles = [], [], [], []
-    for segm in (segm for entry in roidb for segm in entry["segms"]):
-        if isinstance(segm, dict):
-            polygons.append(-1)
-            rles.append(_plain_rle(segm))
-        else:
-            polygons.append(len(segm))
-            points.extend(len(p) for p in segm)
-            coords.extend(segm)
-    prefix_length = len(dataset.image_path(""))
-    arrays = {
-        "num_classes": np.array(dataset.num_classes),
-        "has_keypoints": np.array(dataset.keypoints is not None),
-        "ids": _text([entry["id"] for entry in roidb]),
-        "files": _text([entry["image"][prefix_length:] for entry in roidb]),
-        "sizes": np.array([(e["height"], e["width"]) for e in roidb], dtype=np.int64),
-        "objects": np.array([len(entry["boxes"]) for entry in roidb], dtype=np.int64),
-        "polygons": np.array(polygons, dtype=np.int64),
-        "points": np.array(points, dtype=np.int64),
-        "coords": np.concatenate([np.zeros(0), *coords]),
-        "rles": _text(rles),
-        "findings": _text(list(dataset.findings.items())),
-    }
-    keys = ["boxes", "gt_classes", "is_crowd", "seg_areas"]
-    if dataset.keypoints is not None:
-        keys.append("gt_keypoints")
-    for key in keys:
-        arrays[key] = np.concatenate([entry[key] for entry in roidb])
-    return arrays
-
-
-def _unpack(arrays: dict[str, np.ndarray], dataset: JsonDataset) -> Iterator[RoidbEntry]:
-    num_classes = int(arrays["num_classes"])
-    ends = np.cumsum(arrays["objects"])[:-1]
-    columns = [np.split(arrays[k], ends) for k in ("boxes", "gt_classes", "is_crowd", "seg_areas")]
-    segms = _unpack_segms(arrays)
-    ids, files = _from_text(arrays["ids"]), _from_text(arrays["files"])
-    keypoints = [None] * len(ids)
-    if arrays["has_keypoints"]:
-        keypoints = np.split(arrays["gt_keypoints"], ends)
-    for i, (boxes, gt_classes, is_crowd, seg_areas) in enumerate(zip(*columns, strict=True)):
-        height, width = arrays["sizes"][i].tolist()
-        yield make_entry(
-            image_id=ids[i],
-            image=dataset.image_path(files[i]),
-            height=height,
-            width=width,
-            num_classes=num_classes,
-            boxes=boxes,
-            gt_classes=gt_classes,
-            is_crowd=is_crowd,
-            seg_areas=seg_areas,
-            segms=list(itertools.islice(segms, len(boxes))),
-            gt_keypoints=keypoints[i],
-        )
-
-
-def _unpack_segms(arrays: dict[str, np.ndarray]) -> Iterator[list | dict]:
-    polygons = iter(np.split(arrays["coords"], np.cumsum(arrays["points"])[:-1]))
-    rles = iter(_from_text(arrays["rles"]))
-    for count in arrays["polygons"].tolist():
-        yield next(rles) if count < 0 else [next(polygons) for _ in range(count)]
-
-
-def _plain_rle(rle: dict) -> dict:
-    counts = rle["counts"]
-    return {**rle, "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
-
-
-def _text(values: list) -> np.ndarray:
-    """Any JSON values as bytes: ids may be numbers or text, and stay what they are."""
-    return np.frombuffer(json.dumps(values).encode(), dtype=np.uint8)
-
-
-def _from_text(array: np.ndarray) -> list:
-    return json.loads(array.tobytes())
+def _entry(item: RoidbEntry, num_classes: int) -> RoidbEntry:
+    del item["flipped"]
+    return make_entry(
+        image_id=item.pop("id"), num_classes=num_classes, **{"gt_keypoints": None, **item}
+    )

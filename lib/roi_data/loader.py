@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,24 +15,11 @@ import torch.utils.data as torch_data
 from core.config import cfg
 from core.errors import UserError
 from datasets.entry import RoidbEntry
+from datasets.packed_roidb import PackedRoidb
 from roi_data.minibatch import MinibatchOptions, Sample, get_sample, pack_minibatch
 
 # (roidb index, aspect ratio of the group, seed of the image's draws)
 Item = tuple[int, float, int]
-
-_ENTRY_KEYS = (
-    "id",
-    "image",
-    "height",
-    "width",
-    "flipped",
-    "need_crop",
-    "boxes",
-    "gt_classes",
-    "is_crowd",
-    "segms",
-    "gt_keypoints",
-)
 
 
 class RoiDataLoader(torch_data.Dataset):
@@ -55,22 +41,14 @@ class RoiDataLoader(torch_data.Dataset):
                 f"{num_classes}; set it to the number of classes with background"
             )
         self._options = MinibatchOptions.from_cfg()
-        # One block of bytes is shared by all loader processes. Python objects would be copied
-        # to each, page by page, as their reference counts change.
-        keys = [k for k in _ENTRY_KEYS if self._options.masks or k != "segms"]
-        records = [pickle.dumps({k: e[k] for k in keys if k in e}, protocol=5) for e in roidb]
-        self._offsets = np.cumsum([0] + [len(record) for record in records])
-        self._records = np.frombuffer(b"".join(records), dtype=np.uint8)
+        self._roidb = PackedRoidb.pack(roidb)
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._roidb)
 
     def __getitem__(self, item: Item) -> Sample:
         index, ratio, seed = item
-        begin, end = self._offsets[index : index + 2]
-        entry = pickle.loads(self._records[begin:end].data)
-        entry.setdefault("segms", [[]] * len(entry["boxes"]))
-        return get_sample(entry, ratio, seed, self._options)
+        return get_sample(self._roidb[index], ratio, seed, self._options)
 
 
 def cal_minibatch_ratio(ratio_list: np.ndarray, ims_per_batch: int) -> np.ndarray:
