@@ -1,0 +1,172 @@
+"""ImageNet weights of each kind of file reach the stages of a model."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from core.errors import UserError
+from utils.resnet_weights_helper import load_pretrained_imagenet_weights
+
+
+class Affine(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+
+def block(downsample=False):
+    layers = {}
+    for i in (1, 2, 3):
+        layers[f"conv{i}"] = nn.Conv2d(4, 4, 1, bias=False)
+        layers[f"bn{i}"] = Affine(4)
+    if downsample:
+        layers["downsample"] = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), Affine(4))
+    return nn.ModuleDict(layers)
+
+
+class Net(nn.Module):
+    """The names of a C4 detector with one block a stage: res2 in the body, res5 in the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv_Body = nn.ModuleDict(
+            {
+                "res1": nn.ModuleDict(
+                    {"conv1": nn.Conv2d(3, 4, 7, padding=3, bias=False), "bn1": Affine(4)}
+                ),
+                "res2": nn.ModuleList([block(downsample=True)]),
+            }
+        )
+        self.Box_Head = nn.ModuleDict({"res5": nn.ModuleList([block()]), "fc": nn.Linear(2, 2)})
+
+    @property
+    def detectron_weight_mapping(self):
+        mapping = {}
+        for name in self.state_dict():
+            blob = name.split(".", 1)[1]
+            for old, new in (
+                ("res1.conv1", "conv1"), ("res1.bn1", "res_conv1_bn"),
+                ("res2.0.", "res2_0_branch"), ("res5.0.", "res5_0_branch"),
+                ("conv1.", "2a_"), ("conv2.", "2b_"), ("conv3.", "2c_"), ("bn1.", "2a_bn_"),
+                ("bn2.", "2b_bn_"), ("bn3.", "2c_bn_"), ("downsample.0.", "1_"),
+                ("downsample.1.", "1_bn_"), (".weight", "_w"), (".bias", "_b"),
+                ("weight", "s" if "bn" in blob or "downsample.1" in blob else "w"), ("bias", "b"),
+            ):  # fmt: skip
+                blob = blob.replace(old, new)
+            mapping[name] = blob.replace("res_conv1_bn_w", "res_conv1_bn_s")
+        return mapping, []
+
+
+def source_weights():
+    """A batch-normalised ResNet of torchvision's names, with one block in layer1 and layer4."""
+    generator = torch.Generator().manual_seed(0)
+    names = {"conv1": (4, 3, 7, 7), "bn1": 4, "fc": 7}
+    for layer in ("layer1.0", "layer4.0"):
+        for i in (1, 2, 3):
+            names[f"{layer}.conv{i}"], names[f"{layer}.bn{i}"] = (4, 4, 1, 1), 4
+    names["layer1.0.downsample.0"], names["layer1.0.downsample.1"] = (4, 4, 1, 1), 4
+    weights = {}
+    for name, shape in names.items():
+        if isinstance(shape, tuple):
+            weights[f"{name}.weight"] = torch.randn(shape, generator=generator)
+            continue
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            weights[f"{name}.{key}"] = torch.rand(shape, generator=generator) + 0.5
+        weights[f"{name}.num_batches_tracked"] = torch.tensor(3)
+    return weights
+
+
+@pytest.fixture
+def load(cfg, tmp_path):
+    def write_and_load(content, name):
+        path = tmp_path / name
+        if name.endswith(".pkl"):
+            path.write_bytes(pickle.dumps(content, protocol=2))
+        else:
+            torch.save(content, path)
+        cfg.RESNETS.IMAGENET_PRETRAINED_WEIGHTS = str(path)
+        net = Net()
+        load_pretrained_imagenet_weights(net)
+        return net.state_dict()
+
+    return write_and_load
+
+
+def test_caffe_converted_weights_fold_batch_norm_into_the_affine_layers(load):
+    source = source_weights()
+    state = load(source, "resnet50_caffe.pth")
+    for name, origin in {
+        "Conv_Body.res1.bn1": "bn1",
+        "Conv_Body.res2.0.bn2": "layer1.0.bn2",
+        "Conv_Body.res2.0.downsample.1": "layer1.0.downsample.1",
+        "Box_Head.res5.0.bn3": "layer4.0.bn3",
+    }.items():
+        x = torch.linspace(-2, 2, 8).reshape(2, 4)
+        expected = F.batch_norm(
+            x, *(source[f"{origin}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        )
+        got = x * state[f"{name}.weight"] + state[f"{name}.bias"]
+        torch.testing.assert_close(got, expected)
+    assert torch.equal(state["Conv_Body.res1.conv1.weight"], source["conv1.weight"])
+    assert torch.equal(state["Box_Head.res5.0.conv3.weight"], source["layer4.0.conv3.weight"])
+
+
+def test_torchvisions_own_file_is_made_to_take_bgr_of_0_to_255(load, cfg):
+    source = source_weights()
+    state = load(source, "resnet50-0676ba61.pth")
+    rgb = torch.randint(0, 256, (1, 3, 32, 32)).float()
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, None, :, None, None]
+    statistics = (source[f"bn1.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+    expected = F.batch_norm(F.conv2d((rgb / 255 - mean) / std, source["conv1.weight"]), *statistics)
+    bgr = rgb.flip(1) - torch.tensor(cfg.PIXEL_MEANS).float().reshape(1, 3, 1, 1)
+    got = F.conv2d(bgr, state["Conv_Body.res1.conv1.weight"])
+    got = got * state["Conv_Body.res1.bn1.weight"].reshape(1, -1, 1, 1)
+    got = got + state["Conv_Body.res1.bn1.bias"].reshape(1, -1, 1, 1)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_detectrons_pkl_loads_by_blob_name(load):
+    net = Net()
+    mapping, _ = net.detectron_weight_mapping
+    assert mapping["Conv_Body.res2.0.downsample.1.weight"] == "res2_0_branch1_bn_s"
+    state = net.state_dict()
+    blobs = {
+        blob: np.full(state[name].shape, i + 1, np.float32)
+        for i, (name, blob) in enumerate(mapping.items())
+        if "fc" not in name
+    }
+    loaded = load(blobs, "R-50.pkl")
+    for name, blob in mapping.items():
+        if "fc" not in name:
+            assert loaded[name].unique().item() == blobs[blob].flat[0], name
+    del blobs["res2_0_branch2a_w"]
+    with pytest.raises(UserError, match=r"R-50.pkl .*another network .*res2_0_branch2a_w"):
+        load(blobs, "R-50.pkl")
+
+
+def test_the_file_of_another_network_is_refused(load):
+    deeper = source_weights()
+    deeper["layer1.1.conv1.weight"] = torch.zeros(4, 4, 1, 1)
+    with pytest.raises(UserError, match=r"resnet101_caffe.pth .*another network .*layer1.1"):
+        load(deeper, "resnet101_caffe.pth")
+    wider = source_weights()
+    wider["layer1.0.conv1.weight"] = torch.zeros(8, 4, 1, 1)
+    with pytest.raises(UserError, match=r"another network .*res2.0.conv1.weight"):
+        load(wider, "resnet50_caffe.pth")
+    with pytest.raises(UserError, match="holds no ResNet"):
+        load({"features.0.weight": torch.zeros(1)}, "vgg16_caffe.pth")
+
+
+def test_a_missing_file_says_how_to_get_it_or_do_without(cfg):
+    cfg.RESNETS.IMAGENET_PRETRAINED_WEIGHTS = "data/pretrained_model/no_such_net.pth"
+    with pytest.raises(UserError) as error:
+        load_pretrained_imagenet_weights(Net())
+    assert "python tools/download_imagenet_weights.py -t no_such_net.pth" in str(error.value)
+    assert "MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS False" in str(error.value)
