@@ -13,9 +13,10 @@ from matplotlib.backends.backend_pdf import PdfPages
 import _init_paths  # noqa: F401  (puts lib/ on the path)
 from core.config import assert_and_infer_cfg, cfg, merge_cfg_from_file, merge_cfg_from_list
 from core.errors import UserError, exit_on_user_error
-from core.test_engine import initialize_model_from_cfg, make_folder, resolve_device
+from core.test_engine import initialize_model_from_cfg, make_folder
 from core.test_pipeline import detect_files
 from datasets.dataset_catalog import resolve_class_names
+from utils.device import pick_devices
 from utils.logging import setup_logging
 from utils.progress import Progress
 from utils.vis import vis_one_image
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg.MODEL.NUM_CLASSES = len(class_names)
     cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS = False
     assert_and_infer_cfg()
-    args.device = resolve_device("cpu" if args.no_cuda else args.device)
+    args.device = pick_devices(args.device, args.no_cuda)[0]
     model = initialize_model_from_cfg(args)
 
     folder = make_folder(args.output_dir)

@@ -9,8 +9,9 @@ from pathlib import Path
 import _init_paths  # noqa: F401  (puts lib/ on the path)
 from core.config import assert_and_infer_cfg, cfg, merge_cfg_from_file, merge_cfg_from_list
 from core.errors import UserError, exit_on_user_error
-from core.test_engine import resolve_device, run_inference
+from core.test_engine import run_inference
 from datasets.dataset_catalog import resolve_dataset
+from utils.device import pick_devices
 from utils.logging import setup_logging
 
 
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS = False
     assert_and_infer_cfg()
 
-    args.device = resolve_device(args.device)
+    args.device = pick_devices(args.device)[0]
     if args.output_dir is None:
         weights = Path(args.load_ckpt or args.load_detectron).absolute()
         args.output_dir = weights.parent.parent / "test"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from modeling.model_builder import Generalized_RCNN
 from utils.detectron_weight_helper import load_detectron_weight
 from utils.net import load_ckpt
 from utils.progress import Progress
+from utils.run_dir import plain
 from utils.vis import vis_one_image
 from utils.weights import atomic_write
 
@@ -64,7 +65,7 @@ class DatasetResults:
             "all_boxes": self.all_boxes,
             "all_segms": self.all_segms,
             "all_keyps": self.all_keyps,
-            "cfg": yaml.safe_dump(_plain(cfg), sort_keys=False),
+            "cfg": yaml.safe_dump(plain(cfg), sort_keys=False),
         }
         with atomic_write(path) as file:
             pickle.dump(content, file, pickle.HIGHEST_PROTOCOL)
@@ -184,27 +185,13 @@ def initialize_model_from_cfg(args: argparse.Namespace) -> nn.Module:
         load_ckpt(model, args.load_ckpt)
     else:
         logger.info("loading Detectron weights %s", args.load_detectron)
-        load_detectron_weight(model, args.load_detectron)
+        missing = load_detectron_weight(model, args.load_detectron).missing
+        if missing:
+            raise UserError(
+                f"{args.load_detectron} is not a model of this config: it lacks {missing[0]} and "
+                f"{len(missing) - 1} more; use the config that it was trained with."
+            )
     return place_model(model, torch.device(args.device)).eval()
-
-
-def resolve_device(name: str | None) -> torch.device:
-    """The device that `--device` names; by default CUDA if there is any.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name} cannot be used ({str(error).splitlines()[0]}): name cpu, cuda or "
-            "cuda:N."
-        ) from error
-    return device
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -217,14 +204,3 @@ def make_folder(folder: str | Path) -> Path:
             f"cannot make the folder {folder} ({error.strerror}): choose another with --output_dir."
         ) from error
     return folder
-
-
-def _plain(value: Any) -> Any:
-    """Config values as YAML knows them."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value

@@ -6,6 +6,7 @@ and encode the masks of the batches before.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,7 +83,7 @@ def detect_files(
         sizes: (height, width) of each, if known: images of equal padded size then share a batch,
             and a file of another size counts as unreadable.
         batch_size: images a forward pass at most; 1 without `sizes`.
-        num_workers: processes that decode; 0 decodes in this one.
+        num_workers: processes that decode, at most one a CPU; 0 decodes in this one.
 
     Yields:
         one FileResult a file; those of unreadable files have an `error`.
@@ -90,7 +91,7 @@ def detect_files(
     loader = DataLoader(
         _ImageFiles(paths, sizes),
         batch_sampler=plan_batches(len(paths), sizes, batch_size),
-        num_workers=num_workers,
+        num_workers=min(num_workers, os.cpu_count() or 1),
         collate_fn=list,
         worker_init_fn=_quiet_worker,
     )

@@ -191,5 +191,5 @@ def _contours(segm: Segmentation, im_shape: Sequence[int], scale: float) -> list
     if scale > 1:
         size = tuple(round(side * scale) for side in crop.shape[::-1])
         crop = (cv2.resize(crop.astype(np.float32), size) > 0.5).astype(np.uint8)
-    found, _ = cv2.findContours(crop, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    found, _ = cv2.findContours(crop, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_TC89_L1)
     return [contour.reshape(-1, 2) + offset * scale for contour in found]

@@ -29,7 +29,12 @@ def page(im: np.ndarray, layout: Layout) -> Figure:
     FigureCanvasPdf(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.imshow(resized(im, layout)[..., ::-1], extent=(0, layout.width, layout.height, 0))
+    # "none" embeds the pixels as they are.
+    axes.imshow(
+        resized(im, layout)[..., ::-1],
+        extent=(0, layout.width, layout.height, 0),
+        interpolation="none",
+    )
     axes.set_xlim(0, layout.width)
     axes.set_ylim(layout.height, 0)
     width = layout.line_width
@@ -39,12 +44,12 @@ def page(im: np.ndarray, layout: Layout) -> Figure:
             outline = Outline.make_compound_path(
                 *(Outline(np.vstack([c, c[:1]]) + 0.5, closed=True) for c in instance.contours)
             )
-            axes.add_patch(PathPatch(outline, facecolor=(*colour, MASK_ALPHA), linewidth=0))
-            axes.add_patch(
+            axes.add_artist(PathPatch(outline, facecolor=(*colour, MASK_ALPHA), linewidth=0))
+            axes.add_artist(
                 PathPatch(outline, fill=False, edgecolor=colour, linewidth=max(1, width // 2))
             )
         left, top, right, bottom = instance.box
-        axes.add_patch(
+        axes.add_artist(
             Rectangle(
                 (left + width / 2, top + width / 2),
                 right - left - width,
@@ -58,7 +63,7 @@ def page(im: np.ndarray, layout: Layout) -> Figure:
     for instance in layout.instances:
         if (label := instance.label) is None:
             continue
-        axes.add_patch(
+        axes.add_artist(
             Rectangle(
                 (label.x, label.y),
                 label.width,
