@@ -1,4 +1,4 @@
-"""Generalized R-CNN: backbone, RPN, and box and mask heads, assembled from the config."""
+"""Generalized R-CNN: backbone, RPN, and heads, assembled from the config."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import utils.blob as blob_utils
 import utils.fpn as fpn_utils
 from core.config import cfg
 from core.errors import UserError
-from modeling import fast_rcnn_heads, mask_rcnn_heads, rpn_heads
-from modeling.generate_proposals import Proposals
-from roi_data.fast_rcnn import SampledRoIs, sample_rois
+from modeling import fast_rcnn_heads, keypoint_rcnn_heads, mask_rcnn_heads, rpn_heads
+from roi_data.fast_rcnn import RoIPool, SampledRoIs, roi_pool_of, sample_rois
+from roi_data.keypoint_rcnn import keypoint_targets
 from roi_data.mask_rcnn import GroundTruthMasks, mask_targets
 from roi_data.rpn import rpn_targets
 
@@ -41,7 +41,7 @@ def get_func(name: str) -> Callable:
 
 
 class Generalized_RCNN(nn.Module):
-    """Faster and Mask R-CNN, with or without a feature pyramid, as the global config says.
+    """Faster, Mask and Keypoint R-CNN, with or without a feature pyramid, as the config says.
 
     Train mode: `model(**batch)` for a batch of `roi_data.loader` returns `{'losses': {...},
     'metrics': {...}}`, all scalars on the model's device; the forward does not wait for the
@@ -76,6 +76,11 @@ class Generalized_RCNN(nn.Module):
             if cfg.MODEL.SHARE_RES5:
                 self.Mask_Head.share_res5_module(self.Box_Head.res5)
             self.Mask_Outs = mask_rcnn_heads.mask_rcnn_outputs(self.Mask_Head.dim_out)
+        if cfg.MODEL.KEYPOINTS_ON:
+            self.Keypoint_Head = get_func(cfg.KRCNN.ROI_KEYPOINTS_HEAD)(
+                dim_in, self.roi_feature_transform, scale
+            )
+            self.Keypoint_Outs = keypoint_rcnn_heads.keypoint_outputs(self.Keypoint_Head.dim_out)
         if cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS:
             from utils.resnet_weights_helper import load_pretrained_imagenet_weights
 
@@ -130,6 +135,7 @@ class Generalized_RCNN(nn.Module):
         gt_boxes: Tensor,
         gt_classes: Tensor,
         gt_crowd: Tensor,
+        gt_keypoints: Tensor | None = None,
         image_ids: list | None = None,
         **gt_masks: Tensor,
     ) -> dict:
@@ -151,7 +157,20 @@ class Generalized_RCNN(nn.Module):
         )
         losses = self.RPN.losses(logits, deltas, targets)
         proposals = self.RPN.propose(logits, deltas, im_info)
-        sampled = self._sample(proposals, scale, gt_boxes, gt_classes, gt_crowd)
+        # Matching is done in the original image's frame, pooling in the network's.
+        pool = roi_pool_of(
+            proposals.boxes * (1.0 / scale), proposals.valid, gt_boxes, gt_classes, gt_crowd
+        )
+        sampled = sample_rois(
+            pool,
+            gt_boxes,
+            batch_size=cfg.TRAIN.BATCH_SIZE_PER_IM,
+            fg_fraction=cfg.TRAIN.FG_FRACTION,
+            fg_thresh=cfg.TRAIN.FG_THRESH,
+            bg_thresh_hi=cfg.TRAIN.BG_THRESH_HI,
+            bg_thresh_lo=cfg.TRAIN.BG_THRESH_LO,
+            bbox_reg_weights=cfg.MODEL.BBOX_REG_WEIGHTS,
+        )
         rois = _as_rois(sampled.boxes * scale, sampled.valid)
         blob_conv = self._roi_maps(features)
         box_feat = self.Box_Head(blob_conv, {"rois": rois})
@@ -169,29 +188,9 @@ class Generalized_RCNN(nn.Module):
             losses["loss_mask"] = self._mask_loss(
                 blob_conv, res5_feat, sampled, scale, gt_boxes, gt_own, masks
             )
+        if cfg.MODEL.KEYPOINTS_ON:
+            losses["loss_kps"] = self._keypoint_loss(blob_conv, pool, scale, gt_keypoints)
         return {"losses": losses, "metrics": {"accuracy_cls": accuracy}}
-
-    def _sample(
-        self,
-        proposals: Proposals,
-        scale: Tensor,
-        gt_boxes: Tensor,
-        gt_classes: Tensor,
-        gt_crowd: Tensor,
-    ) -> SampledRoIs:
-        return sample_rois(
-            proposals.boxes * (1.0 / scale),
-            proposals.valid,
-            gt_boxes,
-            gt_classes,
-            gt_crowd,
-            batch_size=cfg.TRAIN.BATCH_SIZE_PER_IM,
-            fg_fraction=cfg.TRAIN.FG_FRACTION,
-            fg_thresh=cfg.TRAIN.FG_THRESH,
-            bg_thresh_hi=cfg.TRAIN.BG_THRESH_HI,
-            bg_thresh_lo=cfg.TRAIN.BG_THRESH_LO,
-            bbox_reg_weights=cfg.MODEL.BBOX_REG_WEIGHTS,
-        )
 
     def _mask_loss(
         self,
@@ -204,7 +203,7 @@ class Generalized_RCNN(nn.Module):
         masks: GroundTruthMasks,
     ) -> Tensor:
         # Foreground comes first among an image's slots and fills at most its quota of them.
-        slots = round(cfg.TRAIN.FG_FRACTION * cfg.TRAIN.BATCH_SIZE_PER_IM)
+        slots = _foreground_quota()
         boxes, foreground = sampled.boxes[:, :slots], sampled.foreground[:, :slots]
         targets, valid = mask_targets(
             boxes, foreground, gt_boxes, gt_own, masks, cfg.MRCNN.RESOLUTION
@@ -218,6 +217,38 @@ class Generalized_RCNN(nn.Module):
         labels = sampled.labels[:, :slots].flatten()
         logits = self.Mask_Outs.of_class(features, labels)
         return mask_rcnn_heads.mask_rcnn_loss(logits, targets, valid, cfg.MRCNN.WEIGHT_LOSS_MASK)
+
+    def _keypoint_loss(
+        self,
+        blob_conv: list[Tensor] | Tensor,
+        pool: RoIPool,
+        scale: Tensor,
+        gt_keypoints: Tensor,
+    ) -> Tensor:
+        targets = keypoint_targets(
+            pool.boxes,
+            pool.max_overlap,
+            pool.gt_index,
+            gt_keypoints,
+            fg_thresh=cfg.TRAIN.FG_THRESH,
+            max_rois=_foreground_quota(),
+            heatmap_size=cfg.KRCNN.HEATMAP_SIZE,
+        )
+        rois = _as_rois(targets.boxes * scale, targets.valid)
+        features = self.Keypoint_Head(blob_conv, {"keypoint_rois": rois})
+        normalizer = None
+        if not cfg.KRCNN.NORMALIZE_BY_VISIBLE_KEYPOINTS:
+            images, _, num_keypoints = gt_keypoints.shape[:3]
+            normalizer = float(
+                images * cfg.TRAIN.BATCH_SIZE_PER_IM * cfg.TRAIN.FG_FRACTION * num_keypoints
+            )
+        return keypoint_rcnn_heads.keypoint_loss(
+            self.Keypoint_Outs(features),
+            targets.bins.flatten(0, 1),
+            targets.weights.flatten(0, 1),
+            normalizer,
+            cfg.KRCNN.LOSS_WEIGHT,
+        )
 
     def _features(self, data: Tensor) -> list[Tensor]:
         """Backbone maps for the RPN, fine to coarse."""
@@ -239,6 +270,11 @@ class Generalized_RCNN(nn.Module):
     def mask_net(self, blob_conv: list[Tensor] | Tensor, rpn_blob: dict[str, Tensor]) -> Tensor:
         """Mask probabilities (R, C, M, M) of `rpn_blob['mask_rois']` (R, 5)."""
         return self.Mask_Outs(self.Mask_Head(blob_conv, rpn_blob))
+
+    @torch.no_grad()
+    def keypoint_net(self, blob_conv: list[Tensor] | Tensor, rpn_blob: dict[str, Tensor]) -> Tensor:
+        """Heat-map logits (R, K, S, S) of `rpn_blob['keypoint_rois']` (R, 5)."""
+        return self.Keypoint_Outs(self.Keypoint_Head(blob_conv, rpn_blob))
 
     def roi_feature_transform(
         self,
@@ -274,6 +310,11 @@ class Generalized_RCNN(nn.Module):
         return ops.roi_align(
             blobs_in, rois, resolution, spatial_scale, sampling_ratio, levels=high - levels
         )
+
+
+def _foreground_quota() -> int:
+    """Most foreground RoIs of an image in training."""
+    return round(cfg.TRAIN.FG_FRACTION * cfg.TRAIN.BATCH_SIZE_PER_IM)
 
 
 def _as_rois(boxes: Tensor, valid: Tensor) -> Tensor:

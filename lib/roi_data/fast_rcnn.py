@@ -10,15 +10,17 @@ from torch import Tensor
 import utils.boxes as box_utils
 
 
-class RoIMatches(NamedTuple):
-    """What the ground truth means to each box of the pool; all (N, P).
+class RoIPool(NamedTuple):
+    """Boxes that RoIs are drawn from, and what the ground truth means to each.
 
     Attributes:
-        max_overlap: float32, best IoU with a ground truth; -1 for empty and ignored slots.
-        gt_index: int64, ground truth of that IoU.
-        gt_class: int64, its class where the boxes overlap, else 0.
+        boxes: (N, P, 4) float32, original-image pixels; the ground truth comes first.
+        max_overlap: (N, P) float32, best IoU with a ground truth; -1 for empty and ignored slots.
+        gt_index: (N, P) int64, ground truth of that IoU.
+        gt_class: (N, P) int64, its class where the boxes overlap, else 0.
     """
 
+    boxes: Tensor
     max_overlap: Tensor
     gt_index: Tensor
     gt_class: Tensor
@@ -48,12 +50,32 @@ class SampledRoIs(NamedTuple):
 
 
 @torch.no_grad()
-def sample_rois(
+def roi_pool_of(
     proposals: Tensor,
     proposals_valid: Tensor,
     gt_boxes: Tensor,
     gt_classes: Tensor,
     gt_crowd: Tensor,
+) -> RoIPool:
+    """The proposals and the ground truth, crowd regions aside, matched to the ground truth.
+
+    Args:
+        proposals: (N, P, 4) float32, original-image pixels.
+        proposals_valid: (N, P) bool.
+        gt_boxes: (N, G, 4) float32, original-image pixels; padded.
+        gt_classes: (N, G) int64, 0 in padding.
+        gt_crowd: (N, G) bool; a crowd region is matched to, but is no RoI itself.
+    """
+    own = (gt_classes > 0) & ~gt_crowd
+    boxes = torch.cat([gt_boxes, proposals], dim=1)
+    valid = torch.cat([own, proposals_valid], dim=1)
+    return match_rois(boxes, valid, gt_boxes, gt_classes, num_own=gt_boxes.shape[1])
+
+
+@torch.no_grad()
+def sample_rois(
+    pool: RoIPool,
+    gt_boxes: Tensor,
     *,
     batch_size: int,
     fg_fraction: float,
@@ -62,14 +84,11 @@ def sample_rois(
     bg_thresh_lo: float,
     bbox_reg_weights: tuple[float, ...],
 ) -> SampledRoIs:
-    """Draw `batch_size` RoIs an image from the proposals and the ground truth, with targets.
+    """Draw `batch_size` RoIs an image from the pool, with targets.
 
     Args:
-        proposals: (N, P, 4) float32, original-image pixels.
-        proposals_valid: (N, P) bool.
-        gt_boxes: (N, G, 4) float32, original-image pixels; padded.
-        gt_classes: (N, G) int64, 0 in padding.
-        gt_crowd: (N, G) bool.
+        pool: as roi_pool_of() gives it.
+        gt_boxes: (N, G, 4) float32, original-image pixels.
         batch_size, fg_fraction: at most round(fg_fraction * batch_size) foreground RoIs;
             background fills the rest; both without replacement.
         fg_thresh, bg_thresh_hi, bg_thresh_lo: foreground has IoU >= fg_thresh, background
@@ -78,46 +97,42 @@ def sample_rois(
 
     Source: Fast R-CNN, section 2.3, as Detectron samples (matching in the original image).
     """
-    own = (gt_classes > 0) & ~gt_crowd
-    pool = torch.cat([gt_boxes, proposals], dim=1)
-    pool_valid = torch.cat([own, proposals_valid], dim=1)
-    matches = match_rois(pool, pool_valid, gt_boxes, gt_classes, num_own=gt_boxes.shape[1])
     index, valid = draw_rois(
-        matches.max_overlap,
+        pool.max_overlap,
         batch_size,
         round(fg_fraction * batch_size),
         fg_thresh,
         bg_thresh_hi,
         bg_thresh_lo,
     )
-    boxes = pool.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
-    gt_index = matches.gt_index.gather(1, index)
-    foreground = valid & (matches.max_overlap.gather(1, index) >= fg_thresh)
-    labels = torch.where(foreground, matches.gt_class.gather(1, index), 0)
+    boxes = pool.boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
+    gt_index = pool.gt_index.gather(1, index)
+    foreground = valid & (pool.max_overlap.gather(1, index) >= fg_thresh)
+    labels = torch.where(foreground, pool.gt_class.gather(1, index), 0)
     targets = bbox_targets(boxes, gt_boxes, gt_index, labels > 0, bbox_reg_weights)
     return SampledRoIs(boxes, labels, valid, gt_index, targets)
 
 
 def match_rois(
-    pool: Tensor, pool_valid: Tensor, gt_boxes: Tensor, gt_classes: Tensor, num_own: int = 0
-) -> RoIMatches:
+    boxes: Tensor, valid: Tensor, gt_boxes: Tensor, gt_classes: Tensor, num_own: int = 0
+) -> RoIPool:
     """Best ground truth (crowd regions included) of each box.
 
     Args:
-        pool: (N, P, 4) boxes, of which the first `num_own` are the ground truth itself.
-        pool_valid: (N, P) bool.
+        boxes: (N, P, 4), of which the first `num_own` are the ground truth itself.
+        valid: (N, P) bool.
         gt_boxes: (N, G, 4); gt_classes: (N, G), 0 in padding.
     """
-    overlaps = box_utils.bbox_overlaps(pool, gt_boxes)
+    overlaps = box_utils.bbox_overlaps(boxes, gt_boxes)
     overlaps = torch.where((gt_classes > 0).unsqueeze(1), overlaps, -1.0)
     max_overlap, gt_index = overlaps.max(dim=2)
     if num_own:
         # A ground truth is its own match, also where another has the same box.
-        gt_index[:, :num_own] = torch.arange(num_own, device=pool.device)
+        gt_index[:, :num_own] = torch.arange(num_own, device=boxes.device)
     gt_class = torch.where(max_overlap > 0, gt_classes.gather(1, gt_index), 0)
     # A box beside every ground truth has overlap 0; so has every box of an empty image.
-    max_overlap = torch.where(pool_valid, max_overlap.clamp(min=0), -1.0)
-    return RoIMatches(max_overlap, gt_index, gt_class)
+    max_overlap = torch.where(valid, max_overlap.clamp(min=0), -1.0)
+    return RoIPool(boxes, max_overlap, gt_index, gt_class)
 
 
 def draw_rois(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from roi_data.fast_rcnn import bbox_targets, draw_rois, match_rois, sample_rois
+from roi_data.fast_rcnn import bbox_targets, draw_rois, match_rois, roi_pool_of, sample_rois
 
 OPTIONS = {
     "batch_size": 64,
@@ -116,7 +116,7 @@ def scene():
 def test_sampling_keeps_its_invariants():
     torch.manual_seed(0)
     boxes, valid, gt, classes, crowd = scene()
-    sampled = sample_rois(boxes, valid, gt, classes, crowd, **OPTIONS)
+    sampled = sample_rois(roi_pool_of(boxes, valid, gt, classes, crowd), gt, **OPTIONS)
     assert sampled.boxes.shape == (2, 64, 4)
     assert sampled.valid.all()
     foreground = sampled.foreground.sum(dim=1)
@@ -135,14 +135,16 @@ def test_few_proposals_leave_empty_slots():
     boxes, valid, gt, classes, crowd = scene()
     valid[:] = False
     valid[:, 150:170] = True
-    sampled = sample_rois(boxes, valid, gt, classes, crowd, **OPTIONS)
+    sampled = sample_rois(roi_pool_of(boxes, valid, gt, classes, crowd), gt, **OPTIONS)
     assert sampled.valid.sum(dim=1).tolist() == [21, 21]  # and one ground truth each
     assert (sampled.labels[~sampled.valid] == 0).all()
 
 
 def test_an_image_without_objects_gives_background_only():
     boxes, valid, gt, classes, crowd = scene()
-    sampled = sample_rois(boxes, valid, gt, torch.zeros_like(classes), crowd & False, **OPTIONS)
+    sampled = sample_rois(
+        roi_pool_of(boxes, valid, gt, torch.zeros_like(classes), crowd & False), gt, **OPTIONS
+    )
     assert sampled.valid.all()
     assert not sampled.foreground.any()
 
