@@ -12,8 +12,6 @@ import collections
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from core.config import cfg
 from datasets.entry import RoidbEntry, make_entry
 from datasets.json_dataset import JsonDataset, check_images_exist
 from datasets.packed_roidb import PackedRoidb
+from utils.weights import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -63,20 +62,14 @@ def cache_path(dataset: JsonDataset) -> Path:
 
 
 def _save(path: Path, dataset: JsonDataset, roidb: list[RoidbEntry]) -> None:
-    """Write atomically: whoever reads the path sees a whole file or none."""
     about = {"num_classes": dataset.num_classes, "findings": dataset.findings}
     arrays = PackedRoidb.pack(roidb).arrays
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
+        with atomic_write(path) as file:
             np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
-        os.replace(temporary, path)
     except OSError as error:
         logger.warning("Cannot write the roidb cache %s (%s); going on without", path, error)
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
     else:
         logger.info("Wrote roidb of %s to %s", dataset.name, path)
 
