@@ -200,14 +200,18 @@ def _stacked(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def _endless(loader: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     while True:
-        batch = None
-        for batch in loader:
-            yield batch
-        if batch is None:
+        batches = iter(loader)
+        # torch's DataLoader draws a number when an epoch begins. The model's draws must not depend
+        # on where epochs begin, or a resumed training would differ from an uninterrupted one.
+        with torch.random.fork_rng(devices=[]):
+            first = next(batches, None)
+        if first is None:
             raise UserError(
                 "the training set has fewer images than a batch: lower --bs or "
                 "TRAIN.IMS_PER_BATCH, or use more images"
             )
+        yield first
+        yield from batches
 
 
 def _on_devices(
