@@ -1,10 +1,11 @@
 """Build the compiled parts of `lib/` in place: `python setup.py build_ext --inplace`.
 
-- `lib/ops/_C.so`: the operators (TORCH_LIBRARY, loaded with `torch.ops.load_library`; no Python API, so
-  one build serves any Python). With nvcc and a visible GPU, or with FORCE_CUDA=1, it holds CPU and CUDA
-  kernels, the latter for the visible GPUs' architectures plus PTX, or for TORCH_CUDA_ARCH_LIST.
-- `lib/ops/cython_bbox*.so`: for numpy callers; left out, with a line saying so, where Python's own headers
-  are not installed.
+- `lib/ops/_C.so`: the operators (TORCH_LIBRARY, loaded with `torch.ops.load_library`; no Python
+  API, so one build serves any Python). With nvcc and a visible GPU, or with FORCE_CUDA=1, it holds
+  CPU and CUDA kernels, the latter for the visible GPUs' architectures plus PTX, or for
+  TORCH_CUDA_ARCH_LIST.
+- `lib/ops/cython_bbox*.so`: for numpy callers; left out, with a line saying so, where Python's own
+  headers are not installed.
 
 Objects are kept in `build/` and reused while their sources, flags and torch stay the same.
 Environment: CXX, CUDA_HOME, FORCE_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
@@ -40,7 +41,7 @@ def fail(message: str) -> None:
     raise SystemExit(f"error: {message}")
 
 
-# ---- what is installed ----------------------------------------------------------------------------
+# ---- what is installed ----
 
 
 def find_torch() -> tuple[Path, dict]:
@@ -73,7 +74,8 @@ def find_compiler() -> str:
         if shutil.which(shlex.split(name)[0]):
             return name
     fail(
-        "no C++ compiler found; install g++ (Debian, Ubuntu: apt-get install g++) or set CXX to the one to use"
+        "no C++ compiler found; install one (Debian, Ubuntu: apt-get install g++)"
+        " or set CXX to the one to use"
     )
 
 
@@ -119,7 +121,8 @@ def gencode_flags() -> list[str]:
         listed = visible_architectures()
         if not listed:
             fail(
-                "FORCE_CUDA=1 without a visible GPU: set TORCH_CUDA_ARCH_LIST, for example to 9.0 for H100"
+                "FORCE_CUDA=1 without a visible GPU: set TORCH_CUDA_ARCH_LIST,"
+                " for example to 9.0 for an H100"
             )
         listed[-1] += "+PTX"
     flags = []
@@ -151,7 +154,7 @@ def find_cudart(torch_folder: Path, cuda_version: str, toolkit: Path) -> Path:
     fail(f"libcudart of CUDA {cuda_version} found neither beside torch nor under {toolkit}")
 
 
-# ---- what to build --------------------------------------------------------------------------------
+# ---- what to build ----
 
 
 @dataclass
@@ -164,7 +167,7 @@ class Toolchain:
 
 
 def choose_cuda(version: dict) -> Path | None:
-    """nvcc if CUDA is to be built; says in one line why not otherwise. FORCE_CUDA=1 makes it an error."""
+    """nvcc if CUDA is to be built; else a line says why (with FORCE_CUDA=1, an error) and None."""
     forced = os.environ.get("FORCE_CUDA", "0") not in ("", "0")
     nvcc = find_nvcc()
     if version.get("cuda") is None:
@@ -178,9 +181,8 @@ def choose_cuda(version: dict) -> Path | None:
         release = re.search(r"release (\d+)\.(\d+)", text)
         if release and release.group(1) == version["cuda"].split(".")[0]:
             return nvcc
-        reason = (
-            f"{nvcc} is CUDA {release.group(1) if release else '?'}, torch's is {version['cuda']}"
-        )
+        found = release.group(1) if release else "of an unknown version"
+        reason = f"{nvcc} is CUDA {found}, torch's is CUDA {version['cuda']}"
     if forced:
         fail(f"FORCE_CUDA=1, but {reason}")
     print(f"Building the operators for the CPU only ({reason}); {NEEDS}.")
@@ -213,7 +215,7 @@ def make_toolchain() -> Toolchain:
         headers = [f"-I{folder}" for folder in (toolkit / "include", *pip_headers)]
         chain.compile_cpp += ["-DWITH_CUDA", *headers]
         chain.compile_cuda = [
-            *(str(nvcc), "-ccbin", cxx[-1]),
+            *(str(nvcc), "-ccbin", next(c for c in cxx if not c.endswith("ccache"))),
             *(*common, "-Xcompiler", "-fPIC", "-fmad=false", "--expt-relaxed-constexpr"),
             *gencode_flags(),
         ]
@@ -222,7 +224,7 @@ def make_toolchain() -> Toolchain:
     return chain
 
 
-# ---- building it ----------------------------------------------------------------------------------
+# ---- building it ----
 
 
 def digest(command: list[str], files: list[Path], key: list[str]) -> str:
@@ -233,7 +235,7 @@ def digest(command: list[str], files: list[Path], key: list[str]) -> str:
 
 
 def run_if_changed(command: list[str], inputs: list[Path], output: Path, key: list[str]) -> bool:
-    """Run `command` (which writes `output`) unless it last ran with the same inputs. True if it ran."""
+    """Run `command`, which writes `output`, unless it last ran with the same inputs: then False."""
     stamp = BUILD / (output.name + ".sha256")
     wanted = digest(command, inputs, key)
     if output.is_file() and stamp.is_file() and stamp.read_text() == wanted:
@@ -269,7 +271,7 @@ def build_operators() -> None:
     with ThreadPoolExecutor(number_of_jobs()) as pool:
         objects = list(pool.map(compile_one, sources))
     target = OPS / "_C.so"
-    # Linked beside the old library and moved over it: a running program keeps the file it has mapped.
+    # Linked elsewhere and moved over the old one: a running program keeps the file it has mapped.
     fresh = BUILD / "_C.so"
     files = [path for path, _ in objects]
     command = [*chain.link, *map(str, files), "-o", str(fresh), *chain.libraries]

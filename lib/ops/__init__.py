@@ -1,4 +1,4 @@
-"""The compiled operators of the detectors, one a file; each runs on CPU and CUDA with the same results."""
+"""The compiled operators, one a file; each runs on CPU and CUDA with the same results."""
 
 from .image_batch import image_batch
 from .nms import batched_nms, nms

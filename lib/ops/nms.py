@@ -11,8 +11,8 @@ from . import _library  # noqa: F401
 def nms(boxes: Tensor, scores: Tensor, thresh: float, plus_one: bool = True) -> Tensor:
     """Indices of the boxes that survive non-maximum suppression, ascending.
 
-    Walks the boxes by descending score (ties: the lower index first) and drops every box whose IoU with
-    a kept one is >= `thresh`. IoU and threshold are float32, whatever the dtype of the boxes.
+    Walks the boxes by descending score (ties: the lower index first) and drops every box whose IoU
+    with a kept one is >= `thresh`. IoU and threshold are float32, whatever the dtype of the boxes.
 
     Args:
         boxes: (K, 4) floating point, xyxy, any device.

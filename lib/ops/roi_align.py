@@ -1,4 +1,4 @@
-"""RoIAlign over one feature map or over all levels of a pyramid in one call (Mask R-CNN, section 3)."""
+"""RoIAlign (Mask R-CNN, section 3) over one feature map or all levels of a pyramid in one call."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def roi_align(
     """Mean of bilinear samples in each cell of each RoI; differentiable in every level's features.
 
     Args:
-        features: (N, C, H, W), or one such per level with the same N, C and dtype; float64, float32,
-            float16 or bfloat16 (half types accumulate in float32), NCHW or channels_last, both used as
-            they are.
-        rois: (R, 5) [batch index, x1, y1, x2, y2] in network-input pixels, float32 (float64 is kept for
-            float64 features).
+        features: (N, C, H, W), or one such per level with the same N, C and dtype; float64,
+            float32, float16 or bfloat16 (half types accumulate in float32), NCHW or channels_last,
+            both used as they are. At most 8 levels.
+        rois: (R, 5) [batch index, x1, y1, x2, y2] in network-input pixels, float32 (float64 is kept
+            for float64 features).
         output_size: cells, one number or (height, width).
         spatial_scale: feature pixels per network-input pixel; one per level for several levels.
         sampling_ratio: samples per cell and axis; 0: adaptive, ceil(RoI size / cells).
@@ -34,11 +34,12 @@ def roi_align(
         aligned: shift by half a pixel and allow RoIs smaller than a pixel. Detectron: False.
 
     Returns:
-        (R, C, height, width) in RoI order, with dtype and memory format of the features. A RoI with a
-        batch index or level out of range (negative: a padding row) or a coordinate that is not finite
-        gives zeros and no gradient. Samples more than a pixel outside the map count as zeros. Inverted
-        RoIs are widened to one feature pixel (`aligned=False`). The gradient on CUDA is accumulated in
-        the features' dtype by atomics, in a fixed order under `torch.use_deterministic_algorithms`.
+        (R, C, height, width) in RoI order, with dtype and memory format of the features. A RoI with
+        a batch index or level out of range (negative: a padding row) or a coordinate that is not
+        finite gives zeros and no gradient. Samples more than a pixel outside the map count as
+        zeros. Inverted RoIs are widened to one feature pixel (`aligned=False`). The gradient on
+        CUDA is accumulated in the features' dtype by atomics, or in a fixed order under
+        `torch.use_deterministic_algorithms(True)`.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit.

@@ -34,7 +34,9 @@ HOST_DEVICE ImageMeta image_meta(const double* row, int64_t num_bytes) {
   m.crop_x = static_cast<int>(row[6]);
   m.crop_y = static_cast<int>(row[7]);
   m.inv_scale = row[8];
-  m.valid = row[0] >= 0 && m.height > 0 && m.width > 0 && m.inv_scale - m.inv_scale == 0 &&
+  constexpr int kMaxSide = 1 << 24;  // keeps the byte count below within int64
+  m.valid = row[0] >= 0 && m.height > 0 && m.height < kMaxSide && m.width > 0 &&
+      m.width < kMaxSide && m.inv_scale - m.inv_scale == 0 &&
       m.offset <= num_bytes - static_cast<int64_t>(m.height) * m.width * 3;
   return m;
 }

@@ -108,24 +108,44 @@ void pool_channels_last(
   }
 }
 
-// The same for one plane of an NCHW map.
-template <typename T, typename A>
-void pool_plane(
-    const Problem& p, const T* plane, int64_t width, const AxisTable<A>& rows,
-    const AxisTable<A>& columns, A weight, T* out) {
-  for (int64_t by = 0; by < p.pooled_h; ++by) {
-    for (int64_t bx = 0; bx < p.pooled_w; ++bx) {
-      A sum = 0;
-      for (int i = rows.begin[by]; i < rows.begin[by + 1]; ++i) {
-        const T* row = plane + rows.index[i] * width;
-        A part = 0;
-        for (int j = columns.begin[bx]; j < columns.begin[bx + 1]; ++j) {
-          part += columns.weight[j] * static_cast<A>(row[columns.index[j]]);
+// The same for one plane of an NCHW map, from the list of all pixels and weights of each cell.
+template <typename A>
+struct CellList {
+  std::vector<int> begin;  // first entry of each cell; one more at the end
+  std::vector<int64_t> offset;
+  std::vector<A> weight;
+
+  void build(const AxisTable<A>& rows, const AxisTable<A>& columns, int64_t width, A scale) {
+    begin.assign(1, 0);
+    offset.clear();
+    weight.clear();
+    for (size_t by = 0; by + 1 < rows.begin.size(); ++by) {
+      for (size_t bx = 0; bx + 1 < columns.begin.size(); ++bx) {
+        for (int i = rows.begin[by]; i < rows.begin[by + 1]; ++i) {
+          for (int j = columns.begin[bx]; j < columns.begin[bx + 1]; ++j) {
+            offset.push_back(rows.index[i] * width + columns.index[j]);
+            weight.push_back(rows.weight[i] * columns.weight[j] * scale);
+          }
         }
-        sum += rows.weight[i] * part;
+        begin.push_back(static_cast<int>(offset.size()));
       }
-      *out++ = static_cast<T>(sum * weight);
     }
+  }
+};
+
+// kPlanes at a time: independent sums keep the processor busy while the gathers wait.
+template <int kPlanes, typename T, typename A>
+void pool_planes(const CellList<A>& cells, const T* plane, int64_t area, T* out) {
+  const int64_t bins = static_cast<int64_t>(cells.begin.size()) - 1;
+  for (int64_t b = 0; b < bins; ++b) {
+    A sum[kPlanes] = {};
+    for (int i = cells.begin[b]; i < cells.begin[b + 1]; ++i) {
+      const T* src = plane + cells.offset[i];
+      for (int k = 0; k < kPlanes; ++k) {
+        sum[k] += cells.weight[i] * static_cast<A>(src[k * area]);
+      }
+    }
+    for (int k = 0; k < kPlanes; ++k) out[k * bins + b] = static_cast<T>(sum[k]);
   }
 }
 
@@ -136,6 +156,7 @@ void forward(
   const int64_t bins = p.pooled_h * p.pooled_w, C = p.channels;
   at::parallel_for(0, num_rois, 1, [&](int64_t begin, int64_t end) {
     AxisTable<A> rows, columns;
+    CellList<A> cells;
     RoiGeometry<A> g;
     for (int64_t r = begin; r < end; ++r) {
       T* o = out + r * C * bins;
@@ -149,9 +170,10 @@ void forward(
       if (channels_last) {
         pool_channels_last(p, f, width, rows, columns, g.weight, o);
       } else {
-        for (int64_t c = 0; c < C; ++c) {
-          pool_plane(p, f + c * area, width, rows, columns, g.weight, o + c * bins);
-        }
+        cells.build(rows, columns, width, g.weight);
+        int64_t c = 0;
+        for (; c + 4 <= C; c += 4) pool_planes<4>(cells, f + c * area, area, o + c * bins);
+        for (; c < C; ++c) pool_planes<1>(cells, f + c * area, area, o + c * bins);
       }
     }
   });
@@ -180,19 +202,11 @@ void spread_channels_last(
 }
 
 template <typename T, typename A>
-void spread_plane(
-    const Problem& p, const T* grad, int64_t width, const AxisTable<A>& rows,
-    const AxisTable<A>& columns, A weight, A* plane) {
-  for (int64_t by = 0; by < p.pooled_h; ++by) {
-    for (int64_t bx = 0; bx < p.pooled_w; ++bx) {
-      const A value = static_cast<A>(*grad++) * weight;
-      for (int i = rows.begin[by]; i < rows.begin[by + 1]; ++i) {
-        A* row = plane + rows.index[i] * width;
-        const A part = value * rows.weight[i];
-        for (int j = columns.begin[bx]; j < columns.begin[bx + 1]; ++j) {
-          row[columns.index[j]] += part * columns.weight[j];
-        }
-      }
+void spread_plane(const CellList<A>& cells, const T* grad, A* plane) {
+  for (size_t b = 0; b + 1 < cells.begin.size(); ++b) {
+    const A value = static_cast<A>(grad[b]);
+    for (int i = cells.begin[b]; i < cells.begin[b + 1]; ++i) {
+      plane[cells.offset[i]] += cells.weight[i] * value;
     }
   }
 }
@@ -205,6 +219,7 @@ void backward(
   const int64_t bins = p.pooled_h * p.pooled_w, C = p.channels;
   at::parallel_for(0, C, 16, [&](int64_t c0, int64_t c1) {
     AxisTable<A> rows, columns;
+    CellList<A> cells;
     RoiGeometry<A> g;
     for (int64_t r = 0; r < num_rois; ++r) {
       const int64_t l = prepare(p, rois + 5 * r, r, g, rows, columns);
@@ -215,9 +230,8 @@ void backward(
       if (channels_last) {
         spread_channels_last(p, src, c0, c1, width, rows, columns, g.weight, map);
       } else {
-        for (int64_t c = c0; c < c1; ++c) {
-          spread_plane(p, src + c * bins, width, rows, columns, g.weight, map + c * area);
-        }
+        cells.build(rows, columns, width, g.weight);
+        for (int64_t c = c0; c < c1; ++c) spread_plane(cells, src + c * bins, map + c * area);
       }
     }
   });
