@@ -51,6 +51,8 @@ def write_tiny_files(folder: Path) -> TinyFiles:
     rng = np.random.RandomState(0)
     for image_id, (h, w) in sizes.items():
         pixels = rng.randint(0, 256, (h, w, 3), dtype=np.uint8)
+        # Blurred: from pixel to pixel, noise amplifies the last bits of interpolation weights.
+        pixels = cv2.GaussianBlur(pixels, (0, 0), 1.5)
         cv2.imwrite(str(files.images / f"{image_id}.png"), pixels)
     dog = np.zeros(sizes[1], dtype=np.uint8)
     dog[30:50, 60:80] = 1
@@ -104,3 +106,14 @@ def tiny_dataset(cfg, tiny_files: TinyFiles, tmp_path: Path) -> ResolvedDataset:
     """The tiny data set, registered, with the roidb cache in the test's folder."""
     cfg.DATA_DIR = str(tmp_path / "data_dir")
     return resolve_dataset(tiny_files.spec)
+
+
+@pytest.fixture
+def golden_data_dir(cfg, shared: Path, tmp_path: Path) -> Path:
+    """cfg.DATA_DIR with the data set of the golden values as coco_2017_train."""
+    folder = tmp_path / "golden_data"
+    (folder / "coco").mkdir(parents=True)
+    (folder / "coco/annotations").symlink_to(shared / "golden/annotations")
+    (folder / "coco/images").symlink_to(shared / "data/coco/images")
+    cfg.DATA_DIR = str(folder)
+    return folder

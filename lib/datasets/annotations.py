@@ -21,7 +21,7 @@ _LARGE_FILE = 50 * 2**20  # bytes; parsing a larger file takes seconds and is wo
 
 
 def load_annotations(path: Path) -> COCO:
-    """The annotations of a COCO-format JSON file, parsed once per process and file content.
+    """The annotations of a COCO-format JSON file, parsed once per process and state of the file.
 
     Missing `iscrowd` (0), `area` (of the box), `segmentation` ([]) are filled in. Annotation ids
     are renumbered from 1 if they are missing, repeated, or zero (pycocotools' evaluation takes a
@@ -33,12 +33,14 @@ def load_annotations(path: Path) -> COCO:
         stat = path.stat()
     except OSError as error:
         raise UserError(f"annotation file {path} cannot be read ({error.strerror})") from error
-    return _load(path, stat.st_mtime_ns, stat.st_size)
+    # The change time moves even where a tool sets the modification time back.
+    return _load(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
 
 
 @functools.lru_cache(maxsize=4)
-def _load(path: Path, mtime_ns: int, size: int) -> COCO:
+def _load(path: Path, version: tuple[int, ...]) -> COCO:
     start = time.perf_counter()
+    size = path.stat().st_size
     if size > _LARGE_FILE:
         logger.info("Loading annotations %s (%d MB)", path, size // 2**20)
     try:

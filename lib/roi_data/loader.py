@@ -123,8 +123,10 @@ class BatchSampler(torch_data.BatchSampler):
         self.sampler.epoch, self._skip = divmod(batches, len(self))
 
     def __iter__(self) -> Iterator[list[Item]]:
+        # A generator, so that nothing changes before the first batch is asked for: DataLoader
+        # makes an iterator that it never uses.
         skip, self._skip = self._skip, 0
-        return itertools.islice(super().__iter__(), skip, None)
+        yield from itertools.islice(super().__iter__(), skip, None)
 
 
 def collate_minibatch(

@@ -1,3 +1,3 @@
-from tiny_data import tiny_dataset, tiny_files
+from tiny_data import golden_data_dir, tiny_dataset, tiny_files
 
-__all__ = ["tiny_dataset", "tiny_files"]
+__all__ = ["golden_data_dir", "tiny_dataset", "tiny_files"]

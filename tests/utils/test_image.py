@@ -1,0 +1,85 @@
+"""Image files of every kind are read as OpenCV reads them, or refused by name."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from core.errors import UserError
+from utils.image import read_image
+
+
+@pytest.fixture
+def gradient() -> np.ndarray:
+    """RGB (24, 36, 3), smooth so that JPEG keeps it nearly."""
+    y, x = np.mgrid[0:24, 0:36]
+    return np.stack((x * 7, y * 10, 255 - x * 3 - y * 4), axis=2).astype(np.uint8)
+
+
+def test_colour_is_bgr(gradient, tmp_path):
+    Image.fromarray(gradient).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, gradient[:, :, ::-1])
+
+
+def test_alpha_is_dropped(gradient, tmp_path):
+    alpha = np.full((24, 36, 1), 255, dtype=np.uint8)
+    Image.fromarray(np.concatenate((gradient, alpha), axis=2)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), gradient[:, :, ::-1])
+
+
+@pytest.mark.parametrize("name", ["grey.jpg", "grey.png"])
+def test_grey_becomes_three_channels(gradient, tmp_path, name):
+    Image.fromarray(gradient[:, :, 0]).save(tmp_path / name)
+    image = read_image(tmp_path / name)
+    assert image.shape == (24, 36, 3)
+    assert (image == image[:, :, :1]).all()
+    assert np.abs(image[:, :, 0].astype(int) - gradient[:, :, 0]).max() < 12
+
+
+def test_cmyk_becomes_bgr(gradient, tmp_path):
+    Image.fromarray(gradient).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    image = read_image(tmp_path / "a.jpg")
+    assert image.shape == (24, 36, 3)
+    np.testing.assert_array_equal(image, cv2.imread(str(tmp_path / "a.jpg")))
+    assert np.abs(image[:, :, ::-1].astype(int) - gradient).mean() < 25
+
+
+def test_exif_orientation_is_applied(gradient, tmp_path):
+    picture = Image.fromarray(gradient)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned clockwise
+    picture.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    image = read_image(tmp_path / "a.jpg")
+    assert image.shape == (36, 24, 3)
+    turned = np.rot90(gradient, -1)[:, :, ::-1]
+    assert np.abs(image.astype(int) - turned).mean() < 8
+    with pytest.raises(UserError, match=r"a\.jpg is 24 x 36 pixels \(its EXIF .* say 36 x 24"):
+        read_image(tmp_path / "a.jpg", (24, 36))
+
+
+def test_palette_image(gradient, tmp_path):
+    Image.fromarray(gradient).quantize(16).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", (24, 36)).shape == (24, 36, 3)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"none\.jpg does not exist"):
+        read_image(tmp_path / "none.jpg")
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 broken"])
+def test_unreadable_file(tmp_path, content):
+    (tmp_path / "bad.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.jpg cannot be decoded"):
+        read_image(tmp_path / "bad.jpg")
+
+
+def test_another_size_than_annotated(gradient, tmp_path):
+    Image.fromarray(gradient).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", (24, 36)).shape == (24, 36, 3)
+    with pytest.raises(UserError, match=r"a\.png is 36 x 24 pixels but .* say 30 x 24"):
+        read_image(tmp_path / "a.png", (24, 30))
