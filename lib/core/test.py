@@ -239,7 +239,7 @@ def box_results_with_nms_and_limit(
     _check_supported()
     every = torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float32))
     tiles = torch.from_numpy(np.ascontiguousarray(boxes, dtype=np.float32))
-    tiles = tiles.view(len(every), -1, 4)
+    tiles = tiles.view(*every.shape, 4)
     row, cls = (every[:, 1:] > cfg.TEST.SCORE_THRESH).nonzero().unbind(1)
     cls = cls + 1
     kept, best = tiles[row, cls], every[row, cls]
@@ -321,7 +321,7 @@ def _forward(
 
 def _class_deltas(bbox_pred: Tensor, row: Tensor, cls: Tensor) -> Tensor:
     """(K, 4) deltas of candidate (row, cls) from (R, 4C), or from the last of two slots."""
-    slots = bbox_pred.view(len(bbox_pred), -1, 4)
+    slots = bbox_pred.view(len(bbox_pred), bbox_pred.shape[1] // 4, 4)
     return slots[row, -1] if cfg.MODEL.CLS_AGNOSTIC_BBOX_REG else slots[row, cls]
 
 
@@ -332,6 +332,8 @@ def _decode(rois: Tensor, deltas: Tensor, scales: Tensor, sizes: Tensor) -> Tens
     scales (N,) and sizes (N, 2) `[height, width]` are the images'. Without TEST.BBOX_REG the
     proposals themselves are the boxes.
     """
+    if not len(rois):
+        return deltas
     image = rois[:, 0].long()
     boxes = (rois[:, 1:].double() / scales[image, None]).float()
     if not cfg.TEST.BBOX_REG:

@@ -13,6 +13,7 @@ from core.errors import UserError
 from core.test import (
     box_results_with_nms_and_limit,
     class_nms_and_limit,
+    detect_batch,
     im_detect_all,
     network_size,
     segm_results,
@@ -75,6 +76,39 @@ def test_nothing_found_is_no_detection(cfg):
     assert kept.shape == (0,)
     assert boxes.shape == (0, 4)
     assert [len(b) for b in cls_boxes] == [0, 0, 0, 0]
+
+
+class FindsNothing(torch.nn.Module):
+    """A network in whose images no proposal, or none worth keeping, turns up."""
+
+    def __init__(self, num_rois: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.num_rois = num_rois
+
+    def forward(self, data, im_info):
+        r = self.num_rois
+        rois, scores = torch.zeros(r, 5), torch.full((r, 4), 0.01)
+        deltas = torch.zeros(r, 16)
+        return {"rois": rois, "cls_score": scores, "bbox_pred": deltas, "blob_conv": data}
+
+
+@pytest.mark.parametrize("num_rois", [0, 5])
+def test_an_image_may_hold_nothing(num_rois, cfg):
+    options = ["MODEL.FASTER_RCNN", True, "MODEL.MASK_ON", True, "MODEL.NUM_CLASSES", 4]
+    merge_cfg_from_list(options)
+    image = np.zeros((20, 30, 3), np.uint8)
+    cls_boxes, cls_segms, _ = im_detect_all(FindsNothing(num_rois), image)
+    assert cls_segms == [[], [], [], []]
+    assert cls_boxes[0] == []
+    assert [boxes.shape for boxes in cls_boxes[1:]] == [(0, 5)] * 3
+
+
+def test_a_batch_of_differently_padded_images_is_refused(cfg):
+    merge_cfg_from_list(["MODEL.FASTER_RCNN", True])
+    images = [np.zeros(size, np.uint8) for size in ((20, 30, 3), (30, 20, 3))]
+    with pytest.raises(ValueError, match="equal padded sizes"):
+        detect_batch(FindsNothing(1), images)
 
 
 @pytest.mark.parametrize("case", ["plain", "nms0.3", "thr0", "thr0.2", "nolimit", "limit10"])
