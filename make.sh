@@ -130,7 +130,7 @@ run_tests() {
 run_demo() {
     local config=configs/demo/e2e_mask_rcnn_R-50-FPN_gn_demo.yaml
     local data=data/demo out=Outputs/demo start=$SECONDS
-    local dataset=$data/demo.yaml checkpoint
+    local dataset=$data/demo.yaml checkpoint pictures
     say "demo 1/4: drawing a data set of shapes"
     "$PY" tools/make_demo_data.py --output_dir "$data"
     say "demo 2/4: training a small Mask R-CNN on it"
@@ -141,8 +141,9 @@ run_demo() {
     "$PY" tools/test_net.py --dataset "$dataset" --cfg "$config" --load_ckpt "$checkpoint" \
         --output_dir "$out/test" --device cpu
     say "demo 4/4: drawing its detections"
+    pictures=("$data"/images/val/*.jpg)
     "$PY" tools/infer_simple.py --dataset "$dataset" --cfg "$config" --load_ckpt "$checkpoint" \
-        --image_dir "$data/look" --output_dir "$out/pictures" --format png --device cpu
+        --images "${pictures[@]:0:16}" --output_dir "$out/pictures" --format png --device cpu
     say "done in $((SECONDS - start)) s"
     cat <<END
 pictures     $out/pictures/*.png
