@@ -16,12 +16,12 @@ Keys of a roidb entry (n objects, C classes with background):
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import scipy.sparse
 
-RoidbEntry = dict[str, Any]
+from utils.packed_roidb import RoidbEntry
+
+__all__ = ["RoidbEntry", "make_entry", "set_overlaps"]
 
 
 def make_entry(

@@ -19,7 +19,7 @@ import numpy as np
 from core.config import cfg
 from datasets.entry import RoidbEntry, make_entry
 from datasets.json_dataset import JsonDataset, check_images_exist
-from datasets.packed_roidb import PackedRoidb
+from utils.packed_roidb import PackedRoidb
 from utils.weights import atomic_write
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import utils.segms as segm_utils
-from datasets.entry import RoidbEntry
+from utils.packed_roidb import RoidbEntry
 
 X, Y = 0, 1
 
@@ -73,7 +73,8 @@ def crop_entry(entry: RoidbEntry, window: CropWindow) -> RoidbEntry:
     """The objects of an image as seen in a window of it; the entry itself is left as it is.
 
     Boxes, polygons, RLE masks (decoded to uint8 arrays) and keypoints are shifted and cut;
-    objects whose box is outside the window disappear.
+    objects whose box is outside the window disappear, and so do the masks of crowd regions, which
+    nothing uses.
     """
     low, high = window.axis, window.axis + 2
     boxes = entry["boxes"].copy()
@@ -82,7 +83,9 @@ def crop_entry(entry: RoidbEntry, window: CropWindow) -> RoidbEntry:
     cropped = dict(entry, boxes=boxes[kept])
     for key in ("gt_classes", "is_crowd"):
         cropped[key] = entry[key][kept]
-    cropped["segms"] = [_crop_segm(entry["segms"][i], window) for i in kept]
+    cropped["segms"] = [
+        [] if entry["is_crowd"][i] else _crop_segm(entry["segms"][i], window) for i in kept
+    ]
     if "gt_keypoints" in entry:
         cropped["gt_keypoints"] = _crop_keypoints(entry["gt_keypoints"][kept], window)
     return cropped

@@ -14,9 +14,8 @@ import torch.utils.data as torch_data
 
 from core.config import cfg
 from core.errors import UserError
-from datasets.entry import RoidbEntry
-from datasets.packed_roidb import PackedRoidb
 from roi_data.minibatch import MinibatchOptions, Sample, get_sample, pack_minibatch
+from utils.packed_roidb import PackedRoidb, RoidbEntry
 
 # (roidb index, aspect ratio of the group, seed of the image's draws)
 Item = tuple[int, float, int]

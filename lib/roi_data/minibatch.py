@@ -18,9 +18,9 @@ import utils.blob as blob_utils
 import utils.segms as segm_utils
 from core.config import cfg
 from core.errors import UserError
-from datasets.entry import RoidbEntry
 from roi_data.crop import X, choose_window, crop_entry
 from utils.image import read_image
+from utils.packed_roidb import RoidbEntry
 
 _MIN_SLOTS = 8  # ground-truth slots an image; more are added in powers of two
 

@@ -12,7 +12,6 @@ import datasets.json_dataset
 from core.errors import UserError
 from datasets.dataset_catalog import resolve_dataset
 from datasets.json_dataset import JsonDataset
-from datasets.packed_roidb import PackedRoidb
 from datasets.proposals import add_proposals, load_proposals
 from datasets.roidb import (
     combined_roidb_for_training,
@@ -20,6 +19,7 @@ from datasets.roidb import (
     rank_for_training,
 )
 from datasets.roidb_cache import cache_path, cached_gt_roidb
+from utils.packed_roidb import PackedRoidb
 from utils.segms import rle_to_mask
 
 PER_IMAGE = {"image_id": "id", "width": "width", "height": "height", "flipped": "flipped"}

@@ -340,18 +340,18 @@ def test_everything_moves_with_the_crop(tiny_roidb):
 
 
 def test_a_crop_holds_all_objects_if_it_can(tiny_roidb):
-    entry = wide_entry(tiny_roidb)
-    near = {k: entry[k][1:] for k in ("boxes", "gt_classes", "is_crowd", "segms", "gt_keypoints")}
+    boxes = np.array([[26, 5, 35, 40], [70, 5, 79, 40], [0, 0, 89, 59]], dtype=np.float32)
+    crowd = np.array([False, False, True])
+    entry = wide_entry(tiny_roidb, boxes=boxes, is_crowd=crowd)
     opts = options(scales=(60,), max_size=600)
     places = set()
-    for seed in range(40):
-        sample = get_sample(wide_entry(tiny_roidb, **near), 1.0, seed, opts)  # 60 of 90 pixels
-        assert len(sample.entry["boxes"]) == 2
-        np.testing.assert_array_equal(
-            sample.entry["boxes"][:, 2] - sample.entry["boxes"][:, 0], [9, 9]
-        )
-        places.add(sample.crop_xy[0])
-    assert places == {30}.union(range(30, 31))  # objects from 40 to 90: only the right end holds
+    for seed in range(60):
+        sample = get_sample(entry, 1.0, seed, opts)  # 60 of 90 pixels
+        x = sample.crop_xy[0]
+        expected = [[26 - x, 5, 35 - x, 40], [70 - x, 5, 79 - x, 40], [0, 0, 59, 59]]
+        assert sample.entry["boxes"].tolist() == expected
+        places.add(x)
+    assert places == set(range(20, 27))
 
 
 def test_an_image_without_objects_is_cropped_anywhere(tiny_roidb):

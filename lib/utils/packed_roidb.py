@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from datasets.entry import RoidbEntry
+# One image of a roidb; datasets.entry says what is in it.
+RoidbEntry = dict[str, Any]
 
 _FIELDS = ("id", "image", "height", "width", "flipped", "need_crop")
 _PER_OBJECT = ("boxes", "gt_classes", "is_crowd", "seg_areas")
