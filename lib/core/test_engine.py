@@ -96,7 +96,6 @@ def run_inference(
             results.update(test_net_on_dataset(model, name, folder, **options))
         else:
             test_net(model, name, folder, ind_range, **options)
-    task_evaluation.log_copy_paste_friendly_results(results)
     return results
 
 

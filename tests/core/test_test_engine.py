@@ -67,6 +67,18 @@ def test_results_do_not_depend_on_the_batch(dataset, model, tmp_path):
             assert len(one.all_segms[j][i]) == len(four.all_segms[j][i])
 
 
+@pytest.mark.gpu
+def test_the_gpu_finds_what_the_cpu_finds(dataset, model, tmp_path, monkeypatch):
+    # TF32 would change scores in the fourth digit, and with them what is suppressed.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    cpu = run_test_net(model, dataset, tmp_path / "cpu", batch_size=4)
+    gpu = run_test_net(model.cuda(), dataset, tmp_path / "gpu", batch_size=4)
+    for j in range(1, 4):
+        for i in range(7):
+            np.testing.assert_allclose(gpu.all_boxes[j][i], cpu.all_boxes[j][i], atol=1e-2)
+            assert len(gpu.all_segms[j][i]) == len(cpu.all_segms[j][i])
+
+
 def test_the_detections_file_is_detectron_s(dataset, model, tmp_path):
     run_test_net(model, dataset, tmp_path)
     with (tmp_path / "detections.pkl").open("rb") as file:
