@@ -65,8 +65,7 @@ def configure(args: argparse.Namespace, num_gpus: int, device: torch.device) -> 
     dataset = resolve_dataset(args.dataset)
     if not dataset.train_names:
         raise UserError(f"--dataset {args.dataset} has no part `train`")
-    cfg.TRAIN.DATASETS = dataset.train_names
-    cfg.TEST.DATASETS = dataset.test_names
+    cfg.TRAIN.DATASETS, cfg.TEST.DATASETS = dataset.train_names, dataset.test_names
     cfg.MODEL.NUM_CLASSES = dataset.num_classes
     cfg.CUDA = device.type == "cuda"
     if args.num_workers is not None:
@@ -78,8 +77,7 @@ def configure(args: argparse.Namespace, num_gpus: int, device: torch.device) -> 
     )
     cfg.SOLVER.TYPE = args.optimizer or cfg.SOLVER.TYPE
     cfg.SOLVER.BASE_LR = cfg.SOLVER.BASE_LR if args.lr is None else args.lr
-    if args.lr_decay_gamma is not None:
-        cfg.SOLVER.GAMMA = args.lr_decay_gamma
+    cfg.SOLVER.GAMMA = cfg.SOLVER.GAMMA if args.lr_decay_gamma is None else args.lr_decay_gamma
     assert_and_infer_cfg()
     return format_schedule_changes(changes)
 
@@ -142,8 +140,8 @@ def main() -> int:
     )
     parallel = mynn.DataParallel(model, devices, cpu_keywords=CPU_INPUTS, minibatch=True)
     stats = TrainingStats(settings.max_iter, folder, args.use_tfboard)
-    schedule = schedule_from_solver(cfg.SOLVER)
-    train(parallel, optimizer, loader, schedule, settings, stats, checkpoint)
+    rate = schedule_from_solver(cfg.SOLVER)
+    train(parallel, optimizer, loader, rate, settings, stats, checkpoint)
     return 0
 
 
