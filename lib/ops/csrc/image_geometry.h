@@ -50,11 +50,10 @@ struct Bilinear {
 HOST_DEVICE Bilinear bilinear(int position, double inv_scale, int size) {
   const double exact = (static_cast<double>(position) + 0.5) * inv_scale - 0.5;
   const double last = static_cast<double>(size - 1);
-  const float c = static_cast<float>(exact < 0 ? 0 : (exact > last ? last : exact));
+  const double c = exact < 0 ? 0 : (exact > last ? last : exact);
   Bilinear b;
   b.low = static_cast<int>(c);
-  if (b.low > size - 1) b.low = size - 1;  // rounding to float may pass the last pixel
-  b.weight_high = c - static_cast<float>(b.low);
+  b.weight_high = static_cast<float>(c - b.low);
   b.high = b.low + 1 < size ? b.low + 1 : b.low;
   b.weight_low = 1.f - b.weight_high;
   return b;

@@ -1,0 +1,52 @@
+"""setup.py and the loading of what it builds: what a user reads when something is missing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(folder, **environment):
+    """Run a copy of the build where PATH has nothing but what the test puts there."""
+    shutil.copy(ROOT / "setup.py", folder)
+    (folder / "bin").mkdir()
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("CXX", "CC", "CUDA_HOME", "CUDA_PATH")
+    }
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=folder,
+        env=clean | {"PATH": str(folder / "bin")} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_without_a_compiler_one_line_says_what_to_install(tmp_path):
+    result = build(tmp_path)
+    assert result.returncode != 0
+    assert result.stderr.count("\n") == 1
+    assert "no C++ compiler found; install one" in result.stderr
+
+
+def test_forced_cuda_that_cannot_be_built_is_one_error(tmp_path):
+    result = build(tmp_path, PATH=os.environ["PATH"], FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="hopper")
+    assert result.returncode != 0
+    # the second where there is no nvcc, or a torch without CUDA
+    assert re.search("'hopper' is not like 9.0|FORCE_CUDA=1, but", result.stderr)
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_library_names_the_command_that_builds_it(tmp_path):
+    shutil.copytree(ROOT / "lib" / "ops", tmp_path / "ops", ignore=shutil.ignore_patterns("*.so"))
+    result = subprocess.run(
+        [sys.executable, "-c", "import ops"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: the compiled operators")
+    assert "run ./make.sh" in last
