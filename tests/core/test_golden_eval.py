@@ -82,6 +82,10 @@ class Case:
         golden_cfg(self.job, self.shared, [*self.options, *SELECTIONS[selection]])
 
 
+# The model of the case before: two images in a row may need the same.
+_models: dict[str, Generalized_RCNN] = {}
+
+
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def built(request, shared) -> Case:
     job, tag = request.param
@@ -89,9 +93,11 @@ def built(request, shared) -> Case:
     options = ["TEST.SCALE", scale, "TEST.MAX_SIZE", max_size]
     options += ["TEST.RPN_POST_NMS_TOP_N", C4_ROIS] if "C4" in job else []
     golden_cfg(job, shared, options)
-    model = Generalized_RCNN()
-    fill_from_recipe(model, job, shared)
-    model.eval()
+    if job not in _models:
+        _models.clear()
+        _models[job] = Generalized_RCNN().eval()
+        fill_from_recipe(_models[job], job, shared)
+    model = _models[job]
     image = cv2.imread(str(shared / "golden/images" / IMAGES[tag[0]]))
     data, _, im_info = blob_utils.prep_images([image], scale, max_size, "cpu")
     with torch.no_grad():
