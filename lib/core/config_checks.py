@@ -13,7 +13,7 @@ LR_POLICIES = (
     "steps_with_lrs",
     "cosine_decay",
     "exp_decay",
-    "cosine",  # the last two are short for the two before
+    "cosine",  # short for the two before
     "exp",
 )
 WARM_UP_METHODS = ("constant", "linear")

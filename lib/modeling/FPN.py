@@ -51,9 +51,9 @@ class fpn(nn.Module):
         super().__init__()
         self.min_level, self.max_level = get_min_max_levels()
         self.dim_out = cfg.FPN.DIM
-        self.conv_body = conv_body_func()
+        conv_body = conv_body_func()
         # Channels of the backbone's stages in use, coarse to fine.
-        dims = self.conv_body.stage_dims[::-1][: HIGHEST_BACKBONE_LVL + 1 - self.min_level]
+        dims = conv_body.stage_dims[::-1][: HIGHEST_BACKBONE_LVL + 1 - self.min_level]
         self.conv_top = _conv_norm(dims[0], self.dim_out, 1)
         self.topdown_lateral_modules = nn.ModuleList(
             topdown_lateral_module(dim, self.dim_out) for dim in dims[1:]
@@ -61,6 +61,8 @@ class fpn(nn.Module):
         self.posthoc_modules = nn.ModuleList(
             _conv_norm(self.dim_out, self.dim_out, 3) for _ in dims
         )
+        # Last, as in the family's checkpoints: optimizer states go by the order of parameters.
+        self.conv_body = conv_body
         self.spatial_scale = [1.0 / 2**k for k in range(self.max_level, self.min_level - 1, -1)]
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -208,8 +208,8 @@ class Bottleneck(nn.Module):
         super().__init__()
         stride_1x1, stride_3x3 = (stride, 1) if cfg.RESNETS.STRIDE_1X1 else (1, stride)
         self.norm_name = "gn" if cfg.RESNETS.USE_GN else "bn"
-        self.conv1 = _conv(dim_in, dim_inner, 1, stride=stride_1x1)
-        self.conv2 = _conv(
+        conv1 = _conv(dim_in, dim_inner, 1, stride=stride_1x1)
+        conv2 = _conv(
             dim_inner,
             dim_inner,
             3,
@@ -218,9 +218,10 @@ class Bottleneck(nn.Module):
             dilation=dilation,
             groups=cfg.RESNETS.NUM_GROUPS,
         )
-        self.conv3 = _conv(dim_inner, dim_out, 1)
-        for index, channels in enumerate((dim_inner, dim_inner, dim_out), start=1):
-            self.add_module(f"{self.norm_name}{index}", _norm(channels))
+        conv3 = _conv(dim_inner, dim_out, 1)
+        for index, conv in enumerate((conv1, conv2, conv3), start=1):
+            self.add_module(f"conv{index}", conv)
+            self.add_module(f"{self.norm_name}{index}", _norm(conv.out_channels))
         self.downsample = None
         if stride != 1 or dim_in != dim_out:
             shortcut = _conv(dim_in, dim_out, 1, stride=stride)

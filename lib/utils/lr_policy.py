@@ -32,7 +32,8 @@ def learning_rate(
     """Learning rate of the zero-based `step` (of weights; biases may learn at twice the rate).
 
     Args:
-        policy: `step`, `steps_with_lrs`, `steps_with_decay`, `cosine_decay` or `exp_decay`.
+        policy: `step`, `steps_with_lrs`, `steps_with_decay`, `cosine_decay` (or
+            `cosine`), `exp_decay` (or `exp`).
         steps: where `steps_with_*` change the rate; the first is 0.
         lrs: `steps_with_lrs`: the rate from each of `steps` on.
         warm_up_method: `constant` or `linear`, during the first `warm_up_iters` steps.
@@ -59,9 +60,9 @@ def _policy_rate(
 ) -> float:
     if policy == "step":
         return base_lr * gamma ** (step // step_size)
-    if policy == "cosine_decay":
+    if policy in ("cosine", "cosine_decay"):
         return base_lr * (1 + math.cos(math.pi * step / max_iter)) / 2
-    if policy == "exp_decay":
+    if policy in ("exp", "exp_decay"):
         return base_lr * gamma ** (step / max_iter)
     # Index of the last of `steps` that is reached.
     index = max(0, bisect.bisect_right(steps, step) - 1)

@@ -38,6 +38,8 @@ def test_parameters_and_blobs_are_the_family_s(stem, shared, cfg):
     mapping, orphans = model.detectron_weight_mapping
     assert mapping == spec["detectron"]
     assert set(orphans) == set(spec["orphans"])
+    # Optimizer states of the family go by this order.
+    assert [name for name, _ in model.named_parameters()] == spec["named_parameters_order"]
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     expected = {name for name, flag in spec["requires_grad"].items() if flag}
     if stem.startswith("scratch"):  # published with a frozen random stem, a bug

@@ -66,6 +66,8 @@ def test_policies_follow_their_formulas():
     assert rate(25, "cosine_decay") == pytest.approx(0.2 * (1 + math.cos(math.pi / 4)))
     assert rate(100, "cosine_decay") == pytest.approx(0.0, abs=1e-12)
     assert rate(50, "exp_decay", gamma=0.01) == pytest.approx(0.04)
+    assert rate(25, "cosine") == rate(25, "cosine_decay")
+    assert rate(50, "exp", gamma=0.01) == rate(50, "exp_decay", gamma=0.01)
 
 
 def test_adapting_agrees_with_the_original(shared, cfg):
