@@ -332,8 +332,6 @@ def _decode(rois: Tensor, deltas: Tensor, scales: Tensor, sizes: Tensor) -> Tens
     scales (N,) and sizes (N, 2) `[height, width]` are the images'. Without TEST.BBOX_REG the
     proposals themselves are the boxes.
     """
-    if not len(rois):
-        return deltas
     image = rois[:, 0].long()
     boxes = (rois[:, 1:].double() / scales[image, None]).float()
     if not cfg.TEST.BBOX_REG:

@@ -90,7 +90,7 @@ def clip_xyxy_to_image(x1, y1, x2, y2, height: float, width: float):
 @_numpy_too
 def clip_tiled_boxes(boxes: Tensor, im_shape: Sequence[int]) -> Tensor:
     """Boxes (R, 4K), K to a row, clipped to an image of shape `(height, width, ...)`."""
-    tiles = boxes.reshape(*boxes.shape[:-1], -1, 4)
+    tiles = boxes.reshape(*boxes.shape[:-1], boxes.shape[-1] // 4, 4)
     return clip_boxes_to_image(tiles, im_shape[0], im_shape[1]).reshape(boxes.shape)
 
 
@@ -114,7 +114,7 @@ def bbox_transform(
     """
     size = (boxes[..., 2:] - boxes[..., :2] + 1.0).unsqueeze(-2)
     centre = boxes[..., None, :2] + 0.5 * size
-    tiles = deltas.reshape(*deltas.shape[:-1], -1, 4)
+    tiles = deltas.reshape(*deltas.shape[:-1], deltas.shape[-1] // 4, 4)
     if any(weight != 1 for weight in weights):
         parts = [part / weight for part, weight in zip(tiles.unbind(-1), weights, strict=True)]
         tiles = torch.stack(parts, dim=-1)

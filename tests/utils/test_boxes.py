@@ -64,6 +64,14 @@ def test_clipping_is_to_the_last_pixel():
     np.testing.assert_array_equal(clipped, [[0, 0, 639, 479, 3, 4, 5, 6]])
 
 
+def test_no_boxes_are_no_trouble():
+    none = torch.zeros(0, 8)
+    assert box_utils.bbox_transform(torch.zeros(0, 4), none).shape == (0, 8)
+    assert box_utils.clip_tiled_boxes(none, (10, 10)).shape == (0, 8)
+    assert box_utils.bbox_overlaps(torch.zeros(0, 4), torch.zeros(3, 4)).shape == (0, 3)
+    assert box_utils.nms(np.zeros((0, 5), np.float32), 0.5).shape == (0,)
+
+
 def test_numpy_in_numpy_out_and_tensors_stay_tensors(golden):
     assert isinstance(box_utils.boxes_area(golden["a"]), np.ndarray)
     assert isinstance(box_utils.boxes_area(torch.from_numpy(golden["a"])), torch.Tensor)
