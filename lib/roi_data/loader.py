@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import torch
 import torch.utils.data as torch_data
 
 from core.config import cfg
@@ -202,8 +201,9 @@ def build_train_loader(
 
     batch_size: images over all GPUs. One iteration is one pass, the last incomplete batch left
     out; `loader.batch_sampler.seek(n)` continues after n batches. What is drawn depends on
-    cfg.RNG_SEED and the number of the batch, not on num_workers. Raises UserError if the images
-    do not fill one batch; iterating raises UserError naming an image that cannot be used.
+    cfg.RNG_SEED and the number of the batch, not on num_workers. Batches lie in pinned memory if
+    cfg.CUDA. Raises UserError if the images do not fill one batch; iterating raises UserError
+    naming an image that cannot be used.
     """
     if len(roidb) < batch_size:
         raise UserError(
@@ -216,7 +216,7 @@ def build_train_loader(
         batch_sampler=BatchSampler(sampler, batch_size, drop_last=True),
         num_workers=num_workers,
         collate_fn=functools.partial(_collate, options=MinibatchOptions.from_cfg()),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=cfg.CUDA,
         worker_init_fn=_init_worker,
         persistent_workers=num_workers > 0,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import cv2
@@ -123,6 +124,19 @@ def test_collation_follows_the_config_by_default(cfg, tiny_training):
     assert len(data) == 8
     batch = collate_minibatch([data[(i, 1.0, 7)] for i in range(6)])
     assert [part.shape[0] for part in batch["gt_boxes"]] == [3, 3]
+
+
+def test_golden_collation(cfg, golden_data_dir, shared):
+    golden = json.loads((shared / "golden/data/loader_collate.json").read_text())
+    cfg.FPN.FPN_ON, cfg.TRAIN.IMS_PER_BATCH = True, 2
+    cfg.TRAIN.SCALES, cfg.TRAIN.MAX_SIZE = (256,), 448
+    data = RoiDataLoader(combined_roidb_for_training("coco_2017_train")[0], 81)
+    batch = collate_minibatch([data[(i, 1.0, 3)] for i in golden["idxs"]])
+    recorded = golden["batch"]
+    sizes = [tuple(part["shape"][2:]) for part in recorded["data"]]
+    assert batch["blob_size"] == sizes
+    for part, expected in zip(batch["im_info"], recorded["im_info"], strict=True):
+        assert hashlib.sha256(part.numpy().tobytes()).hexdigest() == expected["sha256"]
 
 
 def flat(batch):
