@@ -160,6 +160,7 @@ def find_cudart(torch_folder: Path, cuda_version: str, toolkit: Path) -> Path:
 @dataclass
 class Toolchain:
     compile_cpp: list[str]
+    cuda_flags: list[str]  # of the C++ files that know of CUDA: the others build alike without it
     compile_cuda: list[str] | None
     link: list[str]
     libraries: list[str]
@@ -204,6 +205,7 @@ def make_toolchain() -> Toolchain:
     lib = torch_folder / "lib"
     chain = Toolchain(
         compile_cpp=[*cxx, *common, *host, *includes],
+        cuda_flags=[],
         compile_cuda=None,
         link=[*cxx, "-shared", "-fopenmp", f"-L{lib}"],
         libraries=["-lc10", "-ltorch_cpu"],
@@ -213,7 +215,7 @@ def make_toolchain() -> Toolchain:
         toolkit = toolkit_folder(nvcc)
         pip_headers = nvidia_folders(torch_folder, version["cuda"], "include")
         headers = [f"-I{folder}" for folder in (toolkit / "include", *pip_headers)]
-        chain.compile_cpp += ["-DWITH_CUDA", *headers]
+        chain.cuda_flags = ["-DWITH_CUDA", *headers]
         chain.compile_cuda = [
             *(str(nvcc), "-ccbin", next(c for c in cxx if not c.endswith("ccache"))),
             *(*common, "-Xcompiler", "-fPIC", "-fmad=false", "--expt-relaxed-constexpr"),
@@ -264,7 +266,12 @@ def build_operators() -> None:
 
     def compile_one(source: Path) -> tuple[Path, bool]:
         output = BUILD / (source.name + ".o")
-        command = chain.compile_cuda if source.suffix == ".cu" else chain.compile_cpp
+        if source.suffix == ".cu":
+            command = chain.compile_cuda
+        elif source.name.endswith("_cpu.cpp"):
+            command = chain.compile_cpp
+        else:
+            command = chain.compile_cpp + chain.cuda_flags
         command = [*command, "-c", str(source), "-o", str(output)]
         return output, run_if_changed(command, [source, *headers], output, chain.key)
 
