@@ -70,12 +70,13 @@ def cxx_standard(torch_folder: Path) -> str:
 
 
 def find_compiler() -> str:
-    for name in filter(None, (os.environ.get("CXX"), "g++", "c++", "clang++")):
+    chosen = os.environ.get("CXX")
+    for name in [chosen] if chosen else ["g++", "c++", "clang++"]:
         if shutil.which(shlex.split(name)[0]):
             return name
     fail(
-        "no C++ compiler found; install one (Debian, Ubuntu: apt-get install g++)"
-        " or set CXX to the one to use"
+        f"no C++ compiler found{f' (CXX={chosen})' if chosen else ''}; install one"
+        " (Debian, Ubuntu: apt-get install g++) or set CXX to the one to use"
     )
 
 

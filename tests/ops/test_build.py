@@ -30,7 +30,7 @@ def test_without_a_compiler_one_line_says_what_to_install(tmp_path):
     result = build(tmp_path)
     assert result.returncode != 0
     assert result.stderr.count("\n") == 1
-    assert "no C++ compiler found; install one" in result.stderr
+    assert "no C++ compiler found; install one (" in result.stderr
 
 
 def test_forced_cuda_that_cannot_be_built_is_one_error(tmp_path):
