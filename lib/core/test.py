@@ -18,12 +18,16 @@ from torch import Tensor, nn
 import ops
 import utils.blob as blob_utils
 import utils.boxes as box_utils
+import utils.heatmaps as heatmap_utils
 from core.config import cfg
 from core.errors import UserError
 from utils.mask_paste import masks_to_rles
 
 ClassBoxes = list[np.ndarray | list]
 ClassSegms = list[list[dict[str, Any]]]
+ClassKeyps = list[list[np.ndarray]]
+
+OKS_THRESH = 0.3  # KRCNN.NMS_OKS: people more alike than this are one
 
 PRECOMPUTED = (
     "testing with precomputed proposals is not supported: leave {} at None and set "
@@ -39,6 +43,7 @@ class Detections:
     scores: Tensor  # (n,) float32
     classes: Tensor  # (n,) int64, 1 .. NUM_CLASSES - 1
     masks: Tensor | None  # (n, M, M) float32 probabilities of the detection's own class
+    heatmaps: Tensor | None  # (n, K, S, S) float32 keypoint logits
     height: int
     width: int
 
@@ -48,7 +53,7 @@ def im_detect_all(
     im: np.ndarray,
     box_proposals: np.ndarray | None = None,
     timers: Mapping[str, Any] | None = None,
-) -> tuple[ClassBoxes, ClassSegms | None, None]:
+) -> tuple[ClassBoxes, ClassSegms | None, ClassKeyps | None]:
     """Detect everything the model detects in one image.
 
     Args:
@@ -56,11 +61,12 @@ def im_detect_all(
         im: (H, W, 3) uint8 BGR.
         box_proposals: must be None: the model makes its own proposals.
         timers: objects with `tic()` and `toc()` by name (`im_detect_bbox`, `misc_bbox`,
-            `im_detect_mask`, `misc_mask`).
+            `im_detect_mask`, `misc_mask`, `im_detect_keypoints`).
 
     Returns:
         `cls_boxes`: per class (n, 5) float32 `[x1, y1, x2, y2, score]`, `[]` for the background;
-        `cls_segms`: per class the n COCO RLEs, None for a model without masks; `cls_keyps`: None.
+        `cls_segms`: per class the n COCO RLEs, None for a model without masks; `cls_keyps`:
+        per class n arrays (4, K) `x, y, logit, probability`, None for a model without keypoints.
     """
     if box_proposals is not None:
         raise UserError(PRECOMPUTED.format("box_proposals"))
@@ -115,9 +121,13 @@ def detect_batch(
     if cfg.MODEL.MASK_ON:
         with _timed(timers, "im_detect_mask"):
             masks = _class_masks(net, boxes, image, cls, scales, out["blob_conv"])
+    heatmaps = None
+    if cfg.MODEL.KEYPOINTS_ON:
+        with _timed(timers, "im_detect_keypoints"):
+            heatmaps = _heatmaps(net, boxes, image, scales, out["blob_conv"])
     parts = [
         tensor.split(counts) if tensor is not None else [None] * len(counts)
-        for tensor in (boxes, best, cls, masks)
+        for tensor in (boxes, best, cls, masks, heatmaps)
     ]
     return [
         Detections(*part, *hw) for part, hw in zip(zip(*parts, strict=True), sizes, strict=True)
@@ -127,18 +137,36 @@ def detect_batch(
 @torch.inference_mode()
 def class_results(
     detections: Detections, num_classes: int
-) -> tuple[ClassBoxes, ClassSegms | None, None]:
+) -> tuple[ClassBoxes, ClassSegms | None, ClassKeyps | None]:
     """`cls_boxes, cls_segms, cls_keyps` of one image, as `im_detect_all` returns them."""
     d = detections
     dets = torch.cat([d.boxes, d.scores[:, None]], dim=1).cpu().numpy()
-    counts = np.bincount(d.classes.cpu().numpy(), minlength=num_classes)
+    classes = d.classes.cpu().numpy()
+    keep = np.arange(len(dets))
+    points = None
+    if d.heatmaps is not None:
+        points = heatmap_utils.heatmaps_to_keypoints(
+            d.heatmaps, d.boxes, cfg.KRCNN.INFERENCE_MIN_SIZE
+        )
+        points = points.cpu().numpy()
+        if cfg.KRCNN.NMS_OKS and len(dets):
+            keep = np.array(heatmap_utils.nms_oks(points, dets, OKS_THRESH))
+            keep = keep[np.argsort(classes[keep], kind="stable")]
+    dets, counts = dets[keep], np.bincount(classes[keep], minlength=num_classes)
     ends = counts.cumsum()
-    cls_boxes: ClassBoxes = [dets[end - n : end] for n, end in zip(counts, ends, strict=True)]
+    spans = [slice(end - n, end) for n, end in zip(counts, ends, strict=True)]
+    cls_boxes: ClassBoxes = [dets[span] for span in spans]
     cls_boxes[0] = []
-    if d.masks is None:
-        return cls_boxes, None, None
-    rles = masks_to_rles(d.masks, d.boxes, d.height, d.width, cfg.MRCNN.THRESH_BINARIZE)
-    return cls_boxes, [rles[end - n : end] for n, end in zip(counts, ends, strict=True)], None
+    cls_segms = cls_keyps = None
+    if d.masks is not None:
+        kept = torch.from_numpy(keep).to(d.masks.device)
+        rles = masks_to_rles(
+            d.masks[kept], d.boxes[kept], d.height, d.width, cfg.MRCNN.THRESH_BINARIZE
+        )
+        cls_segms = [rles[span] for span in spans]
+    if points is not None:
+        cls_keyps = [list(points[keep][span]) for span in spans]
+    return cls_boxes, cls_segms, cls_keyps
 
 
 def network_size(height: int, width: int) -> tuple[int, int]:
@@ -251,7 +279,7 @@ def box_results_with_nms_and_limit(
         nms_thresh=cfg.TEST.NMS,
         limit=cfg.TEST.DETECTIONS_PER_IM,
     )
-    found = Detections(kept[keep], best[keep], cls[keep], None, 0, 0)
+    found = Detections(kept[keep], best[keep], cls[keep], None, None, 0, 0)
     cls_boxes, _, _ = class_results(found, every.shape[1])
     return found.scores.numpy(), found.boxes.numpy(), cls_boxes
 
@@ -271,11 +299,39 @@ def im_detect_mask(
         (R, K, M, M) float32; K is the number of classes, or 1 with class-agnostic masks.
     """
     net = getattr(model, "module", model)
-    features = blob_conv if isinstance(blob_conv, Tensor) else blob_conv[0]
-    given = torch.as_tensor(boxes, dtype=torch.float32, device=features.device)
-    image = torch.zeros(len(given), dtype=torch.int64, device=features.device)
-    scales = torch.tensor([im_scale], dtype=torch.float64, device=features.device)
+    given, image, scales = _one_image(boxes, im_scale, blob_conv)
     return _mask_probabilities(net, given, image, scales, blob_conv).cpu().numpy()
+
+
+@torch.inference_mode()
+def im_detect_keypoints(
+    model: nn.Module, im_scale: float, boxes: np.ndarray, blob_conv: Any
+) -> np.ndarray:
+    """Heat-map logits (R, K, S, S) float32 of boxes (R, 4); arguments as for `im_detect_mask`."""
+    net = getattr(model, "module", model)
+    given, image, scales = _one_image(boxes, im_scale, blob_conv)
+    return _heatmaps(net, given, image, scales, blob_conv).cpu().numpy()
+
+
+def keypoint_results(
+    cls_boxes: ClassBoxes, pred_heatmaps: np.ndarray, ref_boxes: np.ndarray
+) -> ClassKeyps:
+    """`cls_keyps`: heat maps (R, K, S, S) of ref_boxes (R, 4) as points, in the order of cls_boxes.
+
+    With KRCNN.NMS_OKS, cls_boxes loses the boxes of the people that are suppressed.
+    """
+    counts = [len(boxes) for boxes in cls_boxes]
+    found = Detections(
+        torch.from_numpy(np.ascontiguousarray(ref_boxes, dtype=np.float32)),
+        torch.from_numpy(np.concatenate([np.asarray(b)[:, 4] for b in cls_boxes if len(b)])),
+        torch.repeat_interleave(torch.tensor(counts)),
+        None,
+        torch.from_numpy(np.ascontiguousarray(pred_heatmaps, dtype=np.float32)),
+        0,
+        0,
+    )
+    cls_boxes[:], _, cls_keyps = class_results(found, len(counts))
+    return cls_keyps
 
 
 def segm_results(
@@ -299,7 +355,7 @@ def _check_supported() -> None:
         "TEST.MASK_AUG.ENABLED": cfg.TEST.MASK_AUG.ENABLED,
         "TEST.SOFT_NMS.ENABLED": cfg.TEST.SOFT_NMS.ENABLED,
         "TEST.BBOX_VOTE.ENABLED": cfg.TEST.BBOX_VOTE.ENABLED,
-        "MODEL.KEYPOINTS_ON": cfg.MODEL.KEYPOINTS_ON,
+        "TEST.KPS_AUG.ENABLED": cfg.TEST.KPS_AUG.ENABLED,
     }
     for key, on in asked.items():
         if on:
@@ -341,6 +397,29 @@ def _decode(rois: Tensor, deltas: Tensor, scales: Tensor, sizes: Tensor) -> Tens
     return torch.minimum(decoded.clamp(min=0), limit[image])
 
 
+def _one_image(boxes: np.ndarray, im_scale: float, blob_conv: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (R, 4), image indices (R,) and scales (1,) of a batch of one, on the maps' device."""
+    device = (blob_conv if isinstance(blob_conv, Tensor) else blob_conv[0]).device
+    given = torch.as_tensor(boxes, dtype=torch.float32, device=device)
+    image = torch.zeros(len(given), dtype=torch.int64, device=device)
+    return given, image, torch.tensor([im_scale], dtype=torch.float64, device=device)
+
+
+def _as_rois(boxes: Tensor, image: Tensor, scales: Tensor) -> Tensor:
+    """RoIs (n, 5) in network pixels of boxes (n, 4) in pixels of images (n,)."""
+    scaled = (boxes.double() * scales[image, None]).float()
+    return torch.cat([image[:, None].to(scaled), scaled], dim=1)
+
+
+def _heatmaps(
+    net: nn.Module, boxes: Tensor, image: Tensor, scales: Tensor, blob_conv: Any
+) -> Tensor:
+    """(n, K, S, S) float32 keypoint logits of boxes (n, 4) in pixels of images (n,)."""
+    if not len(boxes):
+        return boxes.new_zeros(0, cfg.KRCNN.NUM_KEYPOINTS, *[cfg.KRCNN.HEATMAP_SIZE] * 2)
+    return net.keypoint_net(blob_conv, {"keypoint_rois": _as_rois(boxes, image, scales)}).float()
+
+
 def _mask_probabilities(
     net: nn.Module, boxes: Tensor, image: Tensor, scales: Tensor, blob_conv: Any
 ) -> Tensor:
@@ -348,9 +427,7 @@ def _mask_probabilities(
     if not len(boxes):
         channels = cfg.MODEL.NUM_CLASSES if cfg.MRCNN.CLS_SPECIFIC_MASK else 1
         return boxes.new_zeros(0, channels, cfg.MRCNN.RESOLUTION, cfg.MRCNN.RESOLUTION)
-    scaled = (boxes.double() * scales[image, None]).float()
-    rois = torch.cat([image[:, None].to(scaled), scaled], dim=1)
-    return net.mask_net(blob_conv, {"mask_rois": rois}).float()
+    return net.mask_net(blob_conv, {"mask_rois": _as_rois(boxes, image, scales)}).float()
 
 
 def _class_masks(

@@ -17,7 +17,7 @@ from torch import nn
 
 from core.config import cfg
 from core.errors import UserError
-from core.test import ClassBoxes, ClassSegms
+from core.test import ClassBoxes, ClassKeyps, ClassSegms
 from core.test_pipeline import detect_files
 from core.train_engine import place_model
 from datasets import task_evaluation
@@ -52,12 +52,20 @@ class DatasetResults:
             *([[[] for _ in range(num_images)] for _ in range(num_classes)] for _ in range(3))
         )
 
-    def extend(self, image: int, cls_boxes: ClassBoxes, cls_segms: ClassSegms | None) -> None:
+    def extend(
+        self,
+        image: int,
+        cls_boxes: ClassBoxes,
+        cls_segms: ClassSegms | None,
+        cls_keyps: ClassKeyps | None,
+    ) -> None:
         """Put in what was detected in one image; class 0, the background, stays []."""
         for j in range(1, len(cls_boxes)):
             self.all_boxes[j][image] = cls_boxes[j]
             if cls_segms is not None:
                 self.all_segms[j][image] = cls_segms[j]
+            if cls_keyps is not None:
+                self.all_keyps[j][image] = cls_keyps[j]
 
     def save(self, path: Path) -> None:
         """Write Detectron's detections file: whole, or not at all."""
@@ -159,7 +167,7 @@ def test_net(
         ):
             if found.error is not None:
                 raise found.error
-            results.extend(found.index, found.cls_boxes, found.cls_segms)
+            results.extend(found.index, found.cls_boxes, found.cls_segms, found.cls_keyps)
             if vis:
                 name = f"{Path(roidb[found.index]['image']).stem}.pdf"
                 make_folder(file.parent / "vis")

@@ -23,6 +23,7 @@ from core.config import cfg
 from core.errors import UserError
 from core.test import (
     ClassBoxes,
+    ClassKeyps,
     ClassSegms,
     Detections,
     class_results,
@@ -44,6 +45,7 @@ class FileResult:
     image: np.ndarray | None  # (H, W, 3) uint8 BGR
     cls_boxes: ClassBoxes | None
     cls_segms: ClassSegms | None
+    cls_keyps: ClassKeyps | None = None
     error: UserError | None = None
 
 
@@ -101,7 +103,7 @@ def detect_files(
             images = {index: image.numpy() for index, image, _ in batch if image is not None}
             for index, image, message in batch:
                 if image is None:
-                    yield FileResult(index, None, None, None, UserError(message))
+                    yield FileResult(index, None, None, None, error=UserError(message))
             detections = detect_batch(model, list(images.values())) if images else []
             ready = _now(detections[0].boxes.device) if images else None
             for (index, image), found in zip(images.items(), detections, strict=True):
@@ -141,13 +143,13 @@ def _now(device: torch.device) -> torch.cuda.Event | None:
 
 def _finish(
     found: Detections, num_classes: int, ready: torch.cuda.Event | None
-) -> tuple[ClassBoxes, ClassSegms | None]:
+) -> tuple[ClassBoxes, ClassSegms | None, ClassKeyps | None]:
     if ready is None:
-        return class_results(found, num_classes)[:2]
+        return class_results(found, num_classes)
     # A stream of its own, or pasting would queue behind the next batch's forward pass.
     with torch.cuda.stream(torch.cuda.Stream(found.boxes.device)):
         torch.cuda.current_stream().wait_event(ready)
-        return class_results(found, num_classes)[:2]
+        return class_results(found, num_classes)
 
 
 def _result(index: int, image: np.ndarray, future: Future) -> FileResult:

@@ -26,7 +26,9 @@ from core.test import (
     box_results_with_nms_and_limit,
     im_detect_all,
     im_detect_bbox,
+    im_detect_keypoints,
     im_detect_mask,
+    keypoint_results,
     segm_results,
 )
 from golden_weights import fill_from_recipe, golden_cfg
@@ -41,6 +43,8 @@ CASES = [
     ("e2e_faster_rcnn_R-50-FPN_1x", "B320"),
     ("e2e_mask_rcnn_R-50-FPN_1x", "A256"),
     ("e2e_mask_rcnn_R-50-FPN_2x_gn", "A256"),
+    ("e2e_keypoint_rcnn_R-50-FPN_1x", "A256"),
+    ("e2e_faster_rcnn_X-101-32x8d-FPN_1x", "A256"),
     ("e2e_faster_rcnn_R-50-C4_1x", "A256"),
     ("e2e_mask_rcnn_R-50-C4_1x", "A256"),
 ]
@@ -202,6 +206,25 @@ def test_masks_of_recorded_detections(case, selection):
     assert_masks_agree(found, expected[: len(found)])
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_keypoints_of_recorded_detections(case, selection):
+    if not global_cfg.MODEL.KEYPOINTS_ON:
+        pytest.skip("a model without keypoints")
+    dets = case.golden[f"dets_{selection}"][:100]
+    maps = im_detect_keypoints(case.model, case.golden["im_scale"][0], dets[:, 1:5], case.blob_conv)
+    np.testing.assert_allclose(maps[:3], case.golden[f"heatmaps_{selection}"], atol=1e-3)
+    norms = np.sqrt(np.square(maps, dtype=np.float64).sum(axis=(1, 2, 3)))
+    np.testing.assert_allclose(
+        norms, case.golden[f"heatmaps_l2_{selection}"][: len(dets)], rtol=1e-4
+    )
+    _, of_person = keypoint_results([[], dets[:, 1:]], maps, dets[:, 1:5])
+    points, expected = np.stack(of_person), case.golden[f"keyps_{selection}"][: len(dets)]
+    np.testing.assert_allclose(points[:, 2:], expected[:, 2:], atol=1e-3, rtol=1e-3)
+    # Random weights have maps with two peaks that differ in the last bits.
+    near = np.abs(points[:, :2] - expected[:, :2]).max(axis=1) < 0.05
+    assert near.mean() >= 0.995
+
+
 def assert_masks_agree(found: list[dict], expected: list[dict]) -> None:
     """Random weights give noise around the threshold, so a pixel here and there may tip over."""
     different = (mask_util.decode(found) != mask_util.decode(expected)).sum(axis=(0, 1))
@@ -217,7 +240,7 @@ def test_the_whole_chain(case):
         np.testing.assert_allclose(boxes, expected, atol=BOX_TOLERANCE)
         return
     cls_boxes, cls_segms, cls_keyps = im_detect_all(case.model, case.image)
-    assert cls_keyps is None
+    assert (cls_keyps is not None) == global_cfg.MODEL.KEYPOINTS_ON
     dets, expected = rows(cls_boxes), case.golden["dets_cfg"]
     tolerance = np.array([0.5] + [BOX_TOLERANCE] * 4 + [SCORE_TOLERANCE])
     same = (np.abs(dets[:, None] - expected[None]) < tolerance).all(axis=2)

