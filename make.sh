@@ -147,7 +147,8 @@ run_demo() {
     say "done in $((SECONDS - start)) s"
     cat <<END
 pictures     $out/pictures/*.png
-metrics      $out/test/
+precision    above, under 3/4; the detections it counts are in $out/test/
+log          $out/log.txt
 checkpoint   $checkpoint
 config       $config
 data         $data/ (annotations in COCO's format; $dataset names them)
