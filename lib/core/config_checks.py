@@ -34,6 +34,7 @@ def config_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
     yield from _pyramid_problems(cfg)
     if cfg.MODEL.CONV_BODY:
         yield from _model_problems(cfg, complete)
+        yield from _norm_problems(cfg)
         yield from _group_norm_problems(cfg)
 
 
@@ -160,6 +161,20 @@ def _proposal_file_problems(cfg: AttrDict) -> Iterator[str]:
             )
 
 
+def _norm_problems(cfg: AttrDict) -> Iterator[str]:
+    resnets = cfg.RESNETS
+    if "ResNet" not in cfg.MODEL.CONV_BODY:
+        return
+    # Detectron goes by the functions, this family's weight loading by USE_GN: they must say the
+    # same, or a config of Detectron's without USE_GN would quietly become another network.
+    for key in ("TRANS_FUNC", "STEM_FUNC", "SHORTCUT_FUNC"):
+        if ("_gn_" in resnets[key]) != resnets.USE_GN:
+            yield (
+                f"RESNETS.{key} {resnets[key]} contradicts RESNETS.USE_GN {resnets.USE_GN}: "
+                "set both for group normalisation, or neither"
+            )
+
+
 def _group_norm_problems(cfg: AttrDict) -> Iterator[str]:
     per_group, groups = cfg.GROUP_NORM.DIM_PER_GP, cfg.GROUP_NORM.NUM_GROUPS
     widths = _normalised_widths(cfg)
@@ -181,12 +196,10 @@ def _normalised_widths(cfg: AttrDict) -> dict[str, int]:
     """Config key -> smallest number of channels that it sends through group normalisation."""
     resnets = cfg.RESNETS
     widths = {}
-    if "ResNet" in cfg.MODEL.CONV_BODY:
-        if resnets.STEM_FUNC == "basic_gn_stem":
-            widths["RESNETS.STEM_OUT_CHANNELS"] = resnets.STEM_OUT_CHANNELS
-        if resnets.TRANS_FUNC == "bottleneck_gn_transformation":
-            widths["RESNETS.WIDTH_PER_GROUP"] = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP
-            widths["RESNETS.RES2_OUT_CHANNELS"] = resnets.RES2_OUT_CHANNELS
+    if "ResNet" in cfg.MODEL.CONV_BODY and resnets.USE_GN:
+        widths["RESNETS.STEM_OUT_CHANNELS"] = resnets.STEM_OUT_CHANNELS
+        widths["RESNETS.WIDTH_PER_GROUP"] = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP
+        widths["RESNETS.RES2_OUT_CHANNELS"] = resnets.RES2_OUT_CHANNELS
     if cfg.FPN.FPN_ON and cfg.FPN.USE_GN:
         widths["FPN.DIM"] = cfg.FPN.DIM
     if cfg.FAST_RCNN.ROI_BOX_HEAD.endswith("_gn_head"):

@@ -267,6 +267,14 @@ def merge_mask_model(cfg, stem="e2e_mask_rcnn_R-50-FPN_1x"):
     cfg.MODEL.NUM_CLASSES = 81
 
 
+# As Detectron's own configs ask for it, which have no RESNETS.USE_GN.
+GROUP_NORM = [
+    *("RESNETS.TRANS_FUNC", "bottleneck_gn_transformation"),
+    *("RESNETS.STEM_FUNC", "basic_gn_stem"),
+    *("RESNETS.SHORTCUT_FUNC", "basic_gn_shortcut"),
+]
+
+
 class TestChecks:
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -297,9 +305,11 @@ class TestChecks:
             (["RESNETS.IMAGENET_PRETRAINED_WEIGHTS", ""], "IMAGENET_PRETRAINED_WEIGHTS is empty"),
             (["FPN.USE_GN", True, "FPN.DIM", 48], "FPN.DIM gives 48 channels"),
             (
-                ["RESNETS.STEM_FUNC", "basic_gn_stem", "RESNETS.STEM_OUT_CHANNELS", 16],
+                [*GROUP_NORM, "RESNETS.USE_GN", True, "RESNETS.STEM_OUT_CHANNELS", 16],
                 "RESNETS.STEM_OUT_CHANNELS gives 16 channels",
             ),
+            (GROUP_NORM, "contradicts RESNETS.USE_GN False"),
+            (["RESNETS.USE_GN", True], "contradicts RESNETS.USE_GN True"),
             (["FPN.USE_GN", True, "GROUP_NORM.DIM_PER_GP", 8], "make the other -1"),
             (
                 ["MRCNN.ROI_MASK_HEAD", "mask_rcnn_heads.mask_rcnn_fcn_head_v0upshare"],
