@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ class Generalized_RCNN(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        _refuse_unsupported()
         means = torch.as_tensor(cfg.PIXEL_MEANS, dtype=torch.float64).reshape(3)
         self.register_buffer("pixel_means", means, persistent=False)
         self.Conv_Body = get_func(cfg.MODEL.CONV_BODY)()
@@ -61,8 +63,6 @@ class Generalized_RCNN(nn.Module):
         self.RPN = rpn_heads.generic_rpn_outputs(dim_in, scale)
         self.roi_levels = None
         if cfg.FPN.FPN_ON:
-            if not cfg.FPN.MULTILEVEL_ROIS:
-                raise UserError("FPN.FPN_ON needs FPN.MULTILEVEL_ROIS: set it to True")
             self.roi_levels = (cfg.FPN.ROI_MIN_LEVEL, cfg.FPN.ROI_MAX_LEVEL)
             scale = scale[-self.num_roi_levels :]
         self.Box_Head = get_func(cfg.FAST_RCNN.ROI_BOX_HEAD)(
@@ -310,6 +310,25 @@ class Generalized_RCNN(nn.Module):
         return ops.roi_align(
             blobs_in, rois, resolution, spatial_scale, sampling_ratio, levels=high - levels
         )
+
+
+def _refuse_unsupported() -> None:
+    """Raise UserError for what a config can ask for and is not there, lest it be ignored."""
+    needed: dict[str, tuple[Any, Any]] = {
+        "RETINANET.RETINANET_ON": (cfg.RETINANET.RETINANET_ON, False),
+        "MODEL.RPN_ONLY": (cfg.MODEL.RPN_ONLY, False),
+        "MODEL.FASTER_RCNN": (cfg.MODEL.FASTER_RCNN, True),
+        "FPN.EXTRA_CONV_LEVELS": (cfg.FPN.EXTRA_CONV_LEVELS, False),
+    }
+    if cfg.FPN.FPN_ON:
+        needed["FPN.MULTILEVEL_ROIS"] = (cfg.FPN.MULTILEVEL_ROIS, True)
+        needed["FPN.MULTILEVEL_RPN"] = (cfg.FPN.MULTILEVEL_RPN, True)
+    if cfg.MODEL.MASK_ON:
+        needed["MRCNN.USE_FC_OUTPUT"] = (cfg.MRCNN.USE_FC_OUTPUT, False)
+        needed["MRCNN.UPSAMPLE_RATIO"] = (cfg.MRCNN.UPSAMPLE_RATIO, 1)
+    for key, (value, only) in needed.items():
+        if value != only:
+            raise UserError(f"{key} {value} is not supported yet: set it to {only}")
 
 
 def _foreground_quota() -> int:
