@@ -185,8 +185,7 @@ def class_nms_and_limit(
         boxes: (K, 4) float32; scores: (K,); classes, images: (K,) int64.
         nms_thresh: a box is dropped if its IoU with a better one of its class is at least this.
         limit: detections scoring as well as the `limit`-th best of their image stay, so that ties
-        may
-            exceed it; 0 or less for no limit.
+            may exceed it; 0 or less for no limit.
 
     Returns:
         int64 indices of the survivors, ordered by image, class, input position.
@@ -291,9 +290,9 @@ def im_detect_mask(
     """Mask probabilities of boxes in one image.
 
     Args:
-        im_scale: network pixels per image pixel; boxes: (R, 4) in image pixels; blob_conv: feature
-        maps
-            from `im_detect_bbox`.
+        im_scale: network pixels per image pixel.
+        boxes: (R, 4) in image pixels.
+        blob_conv: feature maps from `im_detect_bbox`.
 
     Returns:
         (R, K, M, M) float32; K is the number of classes, or 1 with class-agnostic masks.
@@ -321,9 +320,11 @@ def keypoint_results(
     With KRCNN.NMS_OKS, cls_boxes loses the boxes of the people that are suppressed.
     """
     counts = [len(boxes) for boxes in cls_boxes]
+    # Classes without detections, the background's [] among them, have no scores.
+    scores = [np.asarray(b, dtype=np.float32).reshape(-1, 5)[:, 4] for b in cls_boxes]
     found = Detections(
         torch.from_numpy(np.ascontiguousarray(ref_boxes, dtype=np.float32)),
-        torch.from_numpy(np.concatenate([np.asarray(b)[:, 4] for b in cls_boxes if len(b)])),
+        torch.from_numpy(np.concatenate(scores)),
         torch.repeat_interleave(torch.tensor(counts)),
         None,
         torch.from_numpy(np.ascontiguousarray(pred_heatmaps, dtype=np.float32)),
@@ -382,8 +383,7 @@ def _class_deltas(bbox_pred: Tensor, row: Tensor, cls: Tensor) -> Tensor:
 
 
 def _decode(rois: Tensor, deltas: Tensor, scales: Tensor, sizes: Tensor) -> Tensor:
-    """Predicted boxes (R, 4T) in image pixels from rois (R, 5) in network pixels and deltas (R,
-    4T).
+    """Boxes (R, 4T) in image pixels from rois (R, 5) in network pixels and deltas (R, 4T).
 
     scales (N,) and sizes (N, 2) `[height, width]` are the images'. Without TEST.BBOX_REG the
     proposals themselves are the boxes.

@@ -15,6 +15,7 @@ from core.test import (
     class_nms_and_limit,
     detect_batch,
     im_detect_all,
+    keypoint_results,
     network_size,
     segm_results,
 )
@@ -102,6 +103,13 @@ def test_an_image_may_hold_nothing(num_rois, cfg):
     assert cls_segms == [[], [], [], []]
     assert cls_boxes[0] == []
     assert [boxes.shape for boxes in cls_boxes[1:]] == [(0, 5)] * 3
+
+
+def test_no_detection_has_no_keypoints(cfg):
+    cls_boxes = [[], np.zeros((0, 5), np.float32)]
+    maps = np.zeros((0, 17, 56, 56), np.float32)
+    assert keypoint_results(cls_boxes, maps, np.zeros((0, 4), np.float32)) == [[], []]
+    assert [len(boxes) for boxes in cls_boxes] == [0, 0]
 
 
 def test_a_batch_of_differently_padded_images_is_refused(cfg):
