@@ -33,8 +33,6 @@ from utils.weights import atomic_write
 logger = logging.getLogger(__name__)
 
 DETECTIONS_FILE = "detections.pkl"
-# Detections that score less are left out of the pictures.
-VIS_THRESH = 0.7
 
 
 @dataclass
@@ -99,7 +97,10 @@ def run_inference(
         folder = Path(args.output_dir)
         if len(cfg.TEST.DATASETS) > 1:
             folder = folder / name
-        options = {"batch_size": getattr(args, "bs", 1), "vis": getattr(args, "vis", False)}
+        options = {
+            "batch_size": getattr(args, "bs", 1),
+            "vis": getattr(args, "vis", False) or cfg.VIS,
+        }
         if ind_range is None:
             results.update(test_net_on_dataset(model, name, folder, **options))
         else:
@@ -137,7 +138,7 @@ def test_net(
         model: `Generalized_RCNN` in eval mode.
         ind_range: first image and one past the last, in the order of image ids; the file is then
             `detection_range_{START}_{END}.pkl`.
-        vis: also write a PDF of each image's detections into `output_dir/vis`.
+        vis: also write a PDF of each image's detections that score VIS_TH into `output_dir/vis`.
 
     Raises:
         UserError: an image cannot be read, or the range is not one of this data set.
@@ -177,7 +178,7 @@ def test_net(
                     found.cls_boxes,
                     found.cls_segms,
                     class_names=dataset.classes,
-                    thresh=VIS_THRESH,
+                    thresh=cfg.VIS_TH,
                 )
             progress.advance()
     results.save(file)

@@ -123,6 +123,16 @@ def test_pictures_on_request(dataset, model, tmp_path):
     assert picture.read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.parametrize("thresh", [0.0, 1.0])
+def test_pictures_show_what_scores_vis_th(dataset, model, tmp_path, cfg, monkeypatch, thresh):
+    seen = []
+    monkeypatch.setattr(test_engine, "vis_one_image", lambda *_, thresh, **__: seen.append(thresh))
+    cfg.freeze(False)
+    cfg.VIS_TH = thresh
+    run_test_net(model, dataset, tmp_path, (0, 1), vis=True)
+    assert seen == [thresh]
+
+
 def test_an_unreadable_image_ends_the_test_by_name(model, tmp_path):
     data = make_demo_data(tmp_path, num_train=1, num_val=3)
     dataset = JsonDataset(resolve_dataset(str(data)).test_names[0])
