@@ -17,6 +17,7 @@ from core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_SIDES = ("height", "width")
 _LARGE_FILE = 50 * 2**20  # bytes; parsing a larger file takes seconds and is worth a log line
 
 
@@ -68,6 +69,12 @@ def _check(data: Any, path: Path) -> None:
             raise UserError(f"annotation file {path} is not in COCO's format: no list {key!r}")
     _require(data["images"], ("id", "file_name", "height", "width"), "image", path)
     _require(data["categories"], ("id", "name"), "category", path)
+    for image in data["images"]:
+        if not all(isinstance(image[side], int) and image[side] > 0 for side in _SIDES):
+            raise UserError(
+                f"annotation file {path}: image {image['file_name']} has height {image['height']} "
+                f"and width {image['width']}; give its size in whole pixels"
+            )
     annotations = data.get("annotations", [])
     _require(annotations, ("image_id", "category_id", "bbox"), "annotation", path)
 
@@ -80,10 +87,12 @@ def _check(data: Any, path: Path) -> None:
                 "which 'categories' does not list; add the category or remove the annotation"
             )
         bbox = ann["bbox"]
-        if len(bbox) != 4 or not all(isinstance(v, (int, float)) for v in bbox):
+        is_box = isinstance(bbox, list) and len(bbox) == 4
+        if not is_box or not all(isinstance(v, (int, float)) for v in bbox):
             raise UserError(f"annotation file {path}: bbox of {label} is not [x, y, width, height]")
         ann.setdefault("iscrowd", 0)
-        ann.setdefault("segmentation", [])
+        if ann.get("segmentation") is None:
+            ann["segmentation"] = []
         if "area" not in ann:
             ann["area"] = bbox[2] * bbox[3]
 

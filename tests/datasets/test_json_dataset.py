@@ -184,7 +184,10 @@ def first(section, **changes):
         (lambda data: data["images"][0].pop("width"), "image number 0 has no 'width'"),
         (lambda data: data["annotations"][2].pop("bbox"), "annotation number 2 has no 'bbox'"),
         (first("annotations", category_id=99), "annotation 11 has category_id 99"),
+        (first("images", width=0), "image 1.png has height 80 and width 0"),
+        (first("images", height="80"), "image 1.png has height 80"),
         (first("annotations", bbox=[1, 2, 3]), "bbox of annotation 11 is not"),
+        (first("annotations", bbox=None), "bbox of annotation 11 is not"),
         (first("annotations", bbox=[1, 2, 3, "4"]), "bbox of annotation 11 is not"),
         (first("annotations", segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotation 11 has a polygon"),
         (first("annotations", segmentation=[1, 2, 3, 4, 5, 6]), "annotation 11 has a polygon"),
@@ -219,3 +222,8 @@ def test_missing_image_directory(cfg, tiny_files):
     resolve_dataset(f"{tiny_files.annotations}:{tiny_files.images}2")
     with pytest.raises(UserError, match="image directory .*images2 of data set tiny does not"):
         JsonDataset("tiny")
+
+
+def test_a_segmentation_may_be_null(cfg, tiny_files):
+    tiny_files.edit(lambda data: data["annotations"][0].update(segmentation=None))
+    assert load(tiny_files).get_roidb(gt=True)[0]["segms"][0] == []
