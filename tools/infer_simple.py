@@ -13,12 +13,13 @@ from matplotlib.backends.backend_pdf import PdfPages
 import _init_paths  # noqa: F401  (puts lib/ on the path)
 from core.config import assert_and_infer_cfg, cfg, merge_cfg_from_file, merge_cfg_from_list
 from core.errors import UserError, exit_on_user_error
-from core.test_engine import initialize_model_from_cfg, make_folder
+from core.test_engine import initialize_model_from_cfg
 from core.test_pipeline import detect_files
 from datasets.dataset_catalog import resolve_class_names
 from utils.device import pick_devices
 from utils.logging import setup_logging
 from utils.progress import Progress
+from utils.run_dir import make_folder
 from utils.vis import vis_one_image
 from utils.weights import atomic_write
 

@@ -24,7 +24,7 @@ from utils.detectron_weight_helper import load_detectron_weight
 from utils.device import pick_devices
 from utils.logging import log_to_file, setup_logging
 from utils.lr_policy import adapt_schedule, format_schedule_changes, schedule_from_solver
-from utils.run_dir import run_dir, save_config_and_args
+from utils.run_dir import make_folder, run_dir, save_config_and_args
 from utils.training_stats import TrainingStats
 
 CPU_INPUTS = ["blob_size", "image_ids"]
@@ -101,6 +101,9 @@ def main() -> int:
     logger = setup_logging("train_net_step")
     if args.resume and not args.load_ckpt:
         raise UserError("--resume needs --load_ckpt FILE, the checkpoint to go on from")
+    for flag, least in (("disp_interval", 1), ("start_step", 0)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} must be at least {least}, not {getattr(args, flag)}")
     devices = pick_devices(args.device, args.no_cuda)
     schedule_table = configure(args, len(devices), devices[0])
     torch.manual_seed(cfg.RNG_SEED)
@@ -123,7 +126,7 @@ def main() -> int:
 
     folder = None if args.no_save else args.output_dir or run_dir(cfg.OUTPUT_DIR, args.cfg_file)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         log_to_file(folder / "log.txt")
         save_config_and_args(folder, cfg, vars(args))
     logger.info("schedule:\n%s", schedule_table)

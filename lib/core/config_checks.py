@@ -71,6 +71,9 @@ def _data_problems(cfg: AttrDict) -> Iterator[str]:
     }.items():
         if value < 1:
             yield f"{key} must be at least 1, not {value}"
+    workers = cfg.DATA_LOADER.NUM_THREADS
+    if workers < 0:
+        yield f"DATA_LOADER.NUM_THREADS (--nw) must be at least 0, not {workers}"
     if train.BG_THRESH_LO > train.BG_THRESH_HI:
         yield (
             f"TRAIN.BG_THRESH_LO ({train.BG_THRESH_LO}) must not exceed "

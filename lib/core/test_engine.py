@@ -26,7 +26,7 @@ from modeling.model_builder import Generalized_RCNN
 from utils.detectron_weight_helper import load_detectron_weight
 from utils.net import load_ckpt
 from utils.progress import Progress
-from utils.run_dir import plain
+from utils.run_dir import make_folder, plain
 from utils.vis import vis_one_image
 from utils.weights import atomic_write
 
@@ -201,15 +201,3 @@ def initialize_model_from_cfg(args: argparse.Namespace) -> nn.Module:
                 f"{len(missing) - 1} more; use the config that it was trained with."
             )
     return place_model(model, torch.device(args.device)).eval()
-
-
-def make_folder(folder: str | Path) -> Path:
-    """The folder, made if it does not exist. Raises UserError if that is impossible."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make the folder {folder} ({error.strerror}): choose another with --output_dir."
-        ) from error
-    return folder

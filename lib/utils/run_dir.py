@@ -1,4 +1,4 @@
-"""The folder of one training run and the record of its settings."""
+"""Folders that scripts write to, and the record of a training's settings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from core.errors import UserError
 from utils.weights import atomic_write
 
 
@@ -18,6 +19,18 @@ def run_dir(output_dir: str | Path, cfg_file: str | Path) -> Path:
     """`OUTPUT_DIR/<config's name>/<time and host>`; nothing is created."""
     time = datetime.datetime.now().strftime("%b%d-%H-%M-%S")
     return Path(output_dir) / Path(cfg_file).stem / f"{time}_{socket.gethostname()}_step"
+
+
+def make_folder(folder: str | Path) -> Path:
+    """The folder, made if it does not exist. Raises UserError if that is impossible."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {folder} ({error.strerror}): choose another with --output_dir."
+        ) from error
+    return folder
 
 
 def save_config_and_args(folder: Path, cfg: Mapping[str, Any], args: Mapping[str, Any]) -> Path:

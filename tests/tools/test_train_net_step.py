@@ -111,6 +111,10 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(run, tmp_path, caps
     cases = [
         (["--bs", 0], {}, "--bs 0 cannot be divided"),
         (["--resume"], {}, "--resume needs --load_ckpt"),
+        (["--disp_interval", 0], {}, "--disp_interval must be at least 1"),
+        (["--start_step", -1], {}, "--start_step must be at least 0"),
+        (["--nw", -1], {}, "DATA_LOADER.NUM_THREADS (--nw) must be at least 0"),
+        (["--output_dir", bad / "run"], {}, f"cannot make the folder {bad / 'run'}"),
         (["--device", "cuda:9"], {}, "--device cuda:9"),
         (["--load_ckpt", bad], {}, "bad.pth is damaged"),
         (["--load_detectron", "absent.pkl"], {}, "there is no weight file absent.pkl"),
