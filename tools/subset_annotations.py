@@ -13,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 
 import _init_paths  # noqa: F401 - puts lib/ on the path
-
 from core.errors import UserError, exit_on_user_error
 
 

@@ -74,7 +74,7 @@ class fpn(nn.Module):
         out = [module(x) for module, x in zip(self.posthoc_modules, inner, strict=True)]
         if self.max_level == HIGHEST_BACKBONE_LVL + 1:
             out.insert(0, F.max_pool2d(out[0], kernel_size=1, stride=2))
-        return out
+        return out[-len(self.spatial_scale) :]  # levels above the coarsest in use go unused
 
     def detectron_weight_mapping(self) -> tuple[dict[str, str], list[str]]:
         body_mapping, orphans = self.conv_body.detectron_weight_mapping()

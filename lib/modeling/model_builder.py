@@ -62,9 +62,16 @@ class Generalized_RCNN(nn.Module):
         dim_in, scale = self.Conv_Body.dim_out, self.Conv_Body.spatial_scale
         self.RPN = rpn_heads.generic_rpn_outputs(dim_in, scale)
         self.roi_levels = None
+        # Maps (fine to coarse) that the RPN and the RoI heads use: all of them without a pyramid.
+        self.rpn_maps = self.roi_maps = slice(None)
         if cfg.FPN.FPN_ON:
+            finest = self.Conv_Body.min_level
             self.roi_levels = (cfg.FPN.ROI_MIN_LEVEL, cfg.FPN.ROI_MAX_LEVEL)
-            scale = scale[-self.num_roi_levels :]
+            self.roi_maps = slice(self.roi_levels[0] - finest, self.roi_levels[1] - finest + 1)
+            self.rpn_maps = slice(
+                cfg.FPN.RPN_MIN_LEVEL - finest, cfg.FPN.RPN_MAX_LEVEL - finest + 1
+            )
+            scale = scale[::-1][self.roi_maps][::-1]
         self.Box_Head = get_func(cfg.FAST_RCNN.ROI_BOX_HEAD)(
             dim_in, self.roi_feature_transform, scale
         )
@@ -90,11 +97,6 @@ class Generalized_RCNN(nn.Module):
                 parameter.requires_grad = False
 
     @property
-    def num_roi_levels(self) -> int:
-        """Pyramid levels that RoIs are pooled from."""
-        return self.roi_levels[1] - self.roi_levels[0] + 1
-
-    @property
     def detectron_weight_mapping(self) -> tuple[dict[str, str | None], list[str]]:
         """Parameter name -> blob name (None: nothing to load), and blobs that go unused."""
         mapping: dict[str, str | None] = {}
@@ -112,7 +114,7 @@ class Generalized_RCNN(nn.Module):
 
     def _forward_test(self, data: Tensor, im_info: Tensor) -> dict:
         features = self._features(data)
-        logits, deltas = self.RPN.predict(features)
+        logits, deltas = self.RPN.predict(features[self.rpn_maps])
         proposals = self.RPN.propose(logits, deltas, im_info)
         rois = _as_rois(proposals.boxes, proposals.valid)
         rois = rois[proposals.valid.flatten()]
@@ -141,7 +143,7 @@ class Generalized_RCNN(nn.Module):
     ) -> dict:
         data = blob_utils.images_to_blob(data, im_meta, blob_size, self.pixel_means)
         features = self._features(data)
-        logits, deltas = self.RPN.predict(features)
+        logits, deltas = self.RPN.predict(features[self.rpn_maps])
         scale = im_info[:, 2].view(-1, 1, 1)
         gt_own = (gt_classes > 0) & ~gt_crowd
         targets = rpn_targets(
@@ -251,7 +253,7 @@ class Generalized_RCNN(nn.Module):
         )
 
     def _features(self, data: Tensor) -> list[Tensor]:
-        """Backbone maps for the RPN, fine to coarse."""
+        """Backbone maps, fine to coarse."""
         maps = self.Conv_Body(data)
         return maps[::-1] if isinstance(maps, list) else [maps]
 
@@ -259,7 +261,7 @@ class Generalized_RCNN(nn.Module):
         """The maps that RoIs are pooled from: coarse to fine, or one map without a pyramid."""
         if self.roi_levels is None:
             return features[0]
-        return features[: self.num_roi_levels][::-1]
+        return features[self.roi_maps][::-1]
 
     @torch.no_grad()
     def convbody_net(self, data: Tensor) -> list[Tensor] | Tensor:

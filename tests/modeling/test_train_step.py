@@ -98,9 +98,16 @@ def to(batch: dict, device: str) -> dict:
 
 
 LEVELS = [f"_fpn{k}" for k in range(2, 7)]
+# The RPN and the RoI heads need not use the same levels.
+RPN_COARSER = {"FPN.RPN_MIN_LEVEL": 3, "FPN.RPN_MAX_LEVEL": 5}
+ROIS_COARSER = {"FPN.ROI_MIN_LEVEL": 3, "FPN.ROI_MAX_LEVEL": 4}
 
 
-@pytest.mark.parametrize("options,levels", [({}, LEVELS), (C4, [""])], ids=["FPN", "C4"])
+@pytest.mark.parametrize(
+    "options,levels",
+    [({}, LEVELS), (C4, [""]), (RPN_COARSER, LEVELS[1:4]), (ROIS_COARSER, LEVELS)],
+    ids=["FPN", "C4", "RPN_COARSER", "ROIS_COARSER"],
+)
 def test_a_step_gives_every_loss_and_every_gradient(options, levels, build):
     model = build(options)
     out = model(**make_batch(objects=4))
