@@ -29,18 +29,6 @@ def masks_of(batch: dict) -> GroundTruthMasks:
     return GroundTruthMasks(**{key: batch[key] for key in MASK_KEYS})
 
 
-@pytest.fixture
-def golden_roidb(shared, cfg):
-    from datasets.dataset_catalog import resolve_dataset
-    from datasets.roidb import combined_roidb_for_training
-
-    annotations = shared / "golden/annotations/instances_train2017.json"
-    dataset = resolve_dataset(f"{annotations}:{shared / 'data/coco/images/train2017'}")
-    cfg.MODEL.NUM_CLASSES = dataset.num_classes
-    cfg.MODEL.MASK_ON = True
-    return combined_roidb_for_training(dataset.train_names, ())[0]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_targets_agree_with_the_original(case, golden_roidb, shared):
     summary = json.loads((shared / "golden/targets/summary.json").read_text())[case]

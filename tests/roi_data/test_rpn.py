@@ -3,10 +3,14 @@ draws by their invariants."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+import utils.boxes as box_utils
+from modeling.generate_anchors import anchor_field, generate_anchors
 from roi_data.rpn import AnchorMatches, match_anchors, rpn_targets, sample_anchors
 
 OPTIONS = {
@@ -60,6 +64,66 @@ def test_matching_agrees_with_a_slow_reference():
         assert matches.foreground[0, i] == expected
         if table[i].max() > 0:
             assert matches.gt_index[0, i] == table[i].argmax()
+
+
+FPN_CELLS = {f"_fpn{k}": (2**k, (32 * 2 ** (k - 2),)) for k in range(2, 7)}
+C4_CELLS = {"": (16, (32, 64, 128, 256, 512))}
+
+
+@pytest.mark.parametrize(
+    "job,levels",
+    [("tiny_mask_FPN", FPN_CELLS), ("e2e_faster_rcnn_R-50-C4_1x", C4_CELLS)],
+    ids=["FPN", "C4"],
+)
+def test_labels_and_targets_agree_with_the_original(job, levels, golden_roidb, shared):
+    """Sampled labels are drawn from the foreground and background found here; targets are equal."""
+    record = json.loads((shared / f"golden/model/{job}.train.json").read_text())
+    im_info = torch.from_numpy(np.load(shared / f"golden/model/{job}.train.npz")["im_info"])
+    blobs = np.load(shared / f"golden/model/{job}.rpn_blobs.npz")
+    anchors, labels, targets, weights = recorded_field(blobs, levels)
+    checked = 0
+    for image, index in enumerate(record["indices"]):
+        entry = golden_roidb[index]
+        assert entry["image"].endswith(record["images"][image])
+        gt = torch.from_numpy(entry["boxes"] * im_info[image, 2].numpy())
+        own = torch.from_numpy(~entry["is_crowd"])
+        matches = match_anchors(anchors, gt[None], own[None], im_info[image : image + 1], 0.7, 0)
+        foreground = matches.foreground[0]
+        candidates = matches.inside[0] & (matches.max_overlap[0] < 0.3)
+        sampled = labels[image]
+        assert foreground[sampled == 1].all()
+        assert candidates[sampled == 0].all()
+        if foreground.sum() <= 128:  # nothing to draw: all of it, but what background overwrote
+            assert torch.equal(foreground & (sampled != 0), sampled == 1)
+        used = torch.nonzero(weights[image] > 0)[:, 0]
+        own_targets = box_utils.bbox_transform_inv(anchors[used], gt[matches.gt_index[0, used]])
+        np.testing.assert_allclose(own_targets, targets[image, used], atol=1e-5, rtol=1e-5)
+        assert weights[image, used[0]] == pytest.approx(1 / (sampled >= 0).sum().item(), rel=1e-6)
+        checked += len(used)
+    assert checked > 10
+
+
+def recorded_field(blobs, levels):
+    """Anchors (A, 4) and recorded labels, targets and weights (N, A[, 4]) of whole fields."""
+    parts = []
+    for name, (stride, sizes) in levels.items():
+        n, a, h, w = blobs[f"rpn_labels_int32_wide{name}.shape"]
+        cells = torch.tensor(generate_anchors(stride, sizes, (0.5, 1, 2))).float()
+
+        def dense(kind, fill, name=name, n=n, a=a, h=h, w=w):
+            key = f"rpn_{kind}_wide{name}"
+            values = np.full(blobs[f"{key}.shape"], fill, np.float32)
+            values.ravel()[blobs[f"{key}.idx"]] = blobs[f"{key}.val"]
+            values = torch.from_numpy(values).view(n, a, -1, h, w).permute(0, 3, 4, 1, 2)
+            return values.reshape(n, h * w * a, -1)
+
+        weight = dense("bbox_inside_weights", 0) * dense("bbox_outside_weights", 0)
+        field = anchor_field(cells, stride, int(h), int(w))
+        parts.append(
+            (field, dense("labels_int32", -1)[..., 0], dense("bbox_targets", 0), weight[..., 0])
+        )
+    anchors, labels, targets, weights = zip(*parts, strict=True)
+    return torch.cat(anchors), *(torch.cat(x, dim=1) for x in (labels, targets, weights))
 
 
 def test_draws_keep_their_quotas():
