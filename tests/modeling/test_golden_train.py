@@ -20,7 +20,6 @@ from roi_data.rpn import RPNTargets
 
 JOBS = [
     "tiny_mask_FPN",
-    "e2e_faster_rcnn_R-50-FPN_1x",
     "e2e_mask_rcnn_R-50-FPN_1x",
     "e2e_mask_rcnn_R-50-FPN_2x_gn",
     "e2e_faster_rcnn_R-50-C4_1x",
