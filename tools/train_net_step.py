@@ -121,6 +121,7 @@ def main() -> int:
     optimizer = net_utils.build_optimizer(model, cfg.SOLVER, args.iter_size)
     if checkpoint is not None:
         net_utils.load_optimizer_state(optimizer, checkpoint["optimizer"])
+        net_utils.warn_of_another_training(checkpoint, train_size=len(roidb), batch_size=batch_size)
         args.start_step = checkpoint["step"] + 1
         loader.batch_sampler.seek(args.start_step * args.iter_size)
 

@@ -276,6 +276,22 @@ def load_ckpt(
     model.load_state_dict({n: state[n] for n in own if n in state and n not in skipped}, False)
 
 
+def warn_of_another_training(checkpoint: Mapping[str, Any], **values: int) -> None:
+    """Warn, before resuming, of a `train_size` or `batch_size` other than the checkpoint's.
+
+    Steps and the place in the data are counted in batches of the earlier training.
+    """
+    for name, value in values.items():
+        if (before := checkpoint.get(name, value)) != value:
+            logger.warning(
+                "the training to resume had %s %s, this one has %s: it will see other images at "
+                "other rates than if it had not stopped",
+                name,
+                before,
+                value,
+            )
+
+
 def is_class_predictor(name: str, own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Does this parameter of an output layer differ from the other only in the class count?"""
     return "_Outs." in name and tuple(own[name].shape)[1:] == tuple(other[name].shape)[1:]

@@ -213,3 +213,12 @@ def test_the_state_of_another_optimizer_is_refused():
     model.Frozen.requires_grad_(True)
     with pytest.raises(UserError, match="trained 7 parameters, this model has 9"):
         net_utils.load_optimizer_state(net_utils.build_optimizer(model, solver()), sgd.state_dict())
+
+
+def test_resuming_another_training_is_pointed_out(caplog):
+    net_utils.warn_of_another_training({"train_size": 10}, train_size=10, batch_size=4)
+    assert caplog.messages == []
+    checkpoint = {"train_size": 10, "batch_size": 8}
+    net_utils.warn_of_another_training(checkpoint, train_size=10, batch_size=4)
+    (message,) = caplog.messages
+    assert "batch_size 8, this one has 4" in message
