@@ -138,8 +138,8 @@ TEST = AttrDict(
     RPN_POST_NMS_TOP_N=2000,
     RPN_MIN_SIZE=0,
     # -- evaluation
-    COMPETITION_MODE=True,  # PASCAL VOC: add a random suffix to the result files
-    FORCE_JSON_DATASET_EVAL=False,  # evaluate every data set by COCO's rules
+    COMPETITION_MODE=True,  # keep COCO result files; False: random names, removed after scoring
+    FORCE_JSON_DATASET_EVAL=False,  # kept for old configs: all are evaluated by COCO's rules
     # -- slower, better detections
     BBOX_AUG=BBOX_AUG,
     MASK_AUG=MASK_AUG,
@@ -340,9 +340,9 @@ DEFAULTS = AttrDict(
     MATLAB="matlab",  # kept for old configs
     VIS=False,  # draw detections while testing
     VIS_TH=0.9,  # of those: lowest score drawn
-    EXPECTED_RESULTS=[],  # rows [data set, task, metric, expected value] checked after a test
-    EXPECTED_RESULTS_RTOL=0.1,  # at that: relative tolerance
-    EXPECTED_RESULTS_ATOL=0.005,  # at that: absolute tolerance
+    EXPECTED_RESULTS=[],  # kept for old configs
+    EXPECTED_RESULTS_RTOL=0.1,  # kept for old configs
+    EXPECTED_RESULTS_ATOL=0.005,  # kept for old configs
     EXPECTED_RESULTS_EMAIL="",  # kept for old configs
     POOLING_MODE="crop",  # kept for old configs
     POOLING_SIZE=7,  # kept for old configs

@@ -73,7 +73,7 @@ def rpn_targets(
         matches, negative_overlap, batch_size, int(fg_fraction * batch_size)
     )
     targets = torch.where(
-        # Background drawn from low-IoU foreground keeps its target with inside weight 0.
+        # Foreground that the background draw overwrote has none: its loss would be weighted by 0.
         inside_weight.unsqueeze(-1) > 0,
         box_utils.bbox_transform_inv(
             anchors, gt_boxes.gather(1, matches.gt_index.unsqueeze(-1).expand(-1, -1, 4))
