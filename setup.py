@@ -260,7 +260,8 @@ def build_operators() -> None:
     chain = make_toolchain()
     sources = sorted((OPS / "csrc").glob("*_cpu.cpp")) + [OPS / "csrc" / "library.cpp"]
     if chain.compile_cuda:
-        sources += [OPS / "csrc" / "cuda_launch.cpp", *sorted((OPS / "csrc").glob("*_cuda.cu"))]
+        sources += sorted((OPS / "csrc").glob("*_launch.cpp"))
+        sources += sorted((OPS / "csrc").glob("*_cuda.cu"))
     sources.sort(key=lambda path: path.suffix)  # .cpp before .cu is the longest-first order
     headers = sorted((OPS / "csrc").glob("*.h"))
     BUILD.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,19 @@
 """The compiled operators, one a file; each runs on CPU and CUDA with the same results."""
 
+from .box_voting import box_voting
 from .image_batch import image_batch
 from .nms import batched_nms, nms
 from .polygons_to_masks import polygons_to_masks
 from .roi_align import roi_align
+from .soft_nms import batched_soft_nms, soft_nms
 
-__all__ = ["batched_nms", "image_batch", "nms", "polygons_to_masks", "roi_align"]
+__all__ = [
+    "batched_nms",
+    "batched_soft_nms",
+    "box_voting",
+    "image_batch",
+    "nms",
+    "polygons_to_masks",
+    "roi_align",
+    "soft_nms",
+]

@@ -201,3 +201,35 @@ def nms(dets: Tensor, thresh: float) -> Tensor:
         return torch.zeros(0, dtype=torch.int64, device=dets.device)
     dets = dets.float()
     return ops.nms(dets[:, :4].contiguous(), dets[:, 4].contiguous(), thresh)
+
+
+@_numpy_too
+def soft_nms(
+    dets: Tensor,
+    sigma: float = 0.5,
+    overlap_thresh: float = 0.3,
+    score_thresh: float = 0.001,
+    method: str = "linear",
+) -> tuple[Tensor, Tensor]:
+    """Soft-NMS of dets (K, 5) `[x1, y1, x2, y2, score]`; `ops.soft_nms` says how.
+
+    Returns:
+        dets (kept, 5) float32 with their lowered scores, best first, and their int64 indices.
+    """
+    dets = dets.float()
+    keep, scores = ops.soft_nms(
+        dets[:, :4], dets[:, 4], sigma, overlap_thresh, score_thresh, method
+    )
+    return torch.cat([dets[keep, :4], scores[:, None]], dim=1), keep
+
+
+@_numpy_too
+def box_voting(
+    top_dets: Tensor,
+    all_dets: Tensor,
+    thresh: float,
+    scoring_method: str = "ID",
+    beta: float = 1.0,
+) -> Tensor:
+    """top_dets (T, 5) float32, refined by the votes of all_dets (A, 5); see `ops.box_voting`."""
+    return ops.box_voting(top_dets, all_dets, thresh, scoring_method, beta)

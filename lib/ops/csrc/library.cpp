@@ -19,6 +19,12 @@ TORCH_LIBRARY(detectron, m) {
   m.def(
       "polygons_to_masks(Tensor coords, Tensor poly_offsets, Tensor object_offsets, Tensor rois,"
       " Tensor object_index, int resolution) -> Tensor");
+  m.def(
+      "batched_soft_nms(Tensor boxes, Tensor scores, Tensor valid, float sigma,"
+      " float overlap_thresh, float score_thresh, int method) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "box_voting(Tensor top_dets, Tensor all_dets, Tensor top_group, Tensor offsets, float thresh,"
+      " int method, float beta) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(detectron, CPU, m) {
@@ -28,6 +34,8 @@ TORCH_LIBRARY_IMPL(detectron, CPU, m) {
   m.impl("roi_align_backward", &detectron::cpu::roi_align_backward);
   m.impl("image_batch", &detectron::cpu::image_batch);
   m.impl("polygons_to_masks", &detectron::cpu::polygons_to_masks);
+  m.impl("batched_soft_nms", &detectron::cpu::batched_soft_nms);
+  m.impl("box_voting", &detectron::cpu::box_voting);
 }
 
 #ifdef WITH_CUDA
@@ -38,6 +46,8 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
   m.impl("roi_align_backward", &detectron::cuda::roi_align_backward);
   m.impl("image_batch", &detectron::cuda::image_batch);
   m.impl("polygons_to_masks", &detectron::cuda::polygons_to_masks);
+  m.impl("batched_soft_nms", &detectron::cuda::batched_soft_nms);
+  m.impl("box_voting", &detectron::cuda::box_voting);
 }
 #else
 namespace {
@@ -51,7 +61,7 @@ void built_without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 
 TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
   for (const char* name : {"nms", "batched_nms", "roi_align", "roi_align_backward", "image_batch",
-                           "polygons_to_masks"}) {
+                           "polygons_to_masks", "batched_soft_nms", "box_voting"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
   }
 }

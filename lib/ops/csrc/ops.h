@@ -30,6 +30,12 @@ using Scales = at::ArrayRef<double>;
   Tensor polygons_to_masks(                                                                      \
       const Tensor& coords, const Tensor& poly_offsets, const Tensor& object_offsets,            \
       const Tensor& rois, const Tensor& object_index, int64_t resolution);                       \
+  std::tuple<Tensor, Tensor, Tensor> batched_soft_nms(                                           \
+      const Tensor& boxes, const Tensor& scores, const Tensor& valid, double sigma,              \
+      double overlap_thresh, double score_thresh, int64_t method);                               \
+  Tensor box_voting(                                                                             \
+      const Tensor& top_dets, const Tensor& all_dets, const Tensor& top_group,                   \
+      const Tensor& offsets, double thresh, int64_t method, double beta);                        \
   }
 
 DETECTRON_OPS(cpu)

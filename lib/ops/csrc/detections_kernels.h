@@ -1,0 +1,35 @@
+// Launchers of the CUDA kernels on detections; as in kernels.h, plain device pointers and a stream.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "detections.h"
+
+namespace detectron::kernels {
+
+struct SoftNms {
+  const float* boxes;  // (problems, count, 4), 16-byte aligned
+  float* scores;       // (problems, count): scratch, holding the scores; those of invalid boxes are NaN
+  int problems;
+  int64_t count;
+  SoftNmsRule rule;
+  int64_t* keep;   // (problems, count), -1 filled
+  float* decayed;  // (problems, count), zero filled
+  int64_t* kept;   // (problems,)
+};
+
+void soft_nms(const SoftNms& p, cudaStream_t stream);
+
+struct BoxVoting {
+  const float* top;          // (num_top, 5)
+  const float* all;          // (num_all, 5)
+  const int64_t* top_group;  // (num_top,)
+  const int64_t* offsets;    // (groups + 1,) ranges of `all`
+  int64_t num_top, num_all, groups;
+  VoteRule rule;
+  float* out;  // (num_top, 5)
+};
+
+void box_voting(const BoxVoting& p, cudaStream_t stream);
+
+}  // namespace detectron::kernels
