@@ -76,6 +76,12 @@ def _load_torch_names(model: nn.Module, names: list[str], path: Path) -> None:
     source = dict(source)
     if _TORCHVISION_FILE.fullmatch(path.name):
         _convert_to_bgr(source)
+        if cfg.RESNETS.STRIDE_1X1:
+            logger.warning(
+                "%s was trained with the stride in the 3x3 convolutions: set RESNETS.STRIDE_1X1 "
+                "False, or its features are poor",
+                path,
+            )
     weights = _fold_batch_norm(source)
     own = model.state_dict()
     wanted = {n: _stage_name(n) for n in names}

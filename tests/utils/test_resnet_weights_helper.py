@@ -132,6 +132,15 @@ def test_torchvisions_own_file_is_made_to_take_bgr_of_0_to_255(load, cfg):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("stride_1x1", [True, False])
+def test_a_stride_that_torchvisions_weights_do_not_suit_is_pointed_out(
+    load, cfg, caplog, stride_1x1
+):
+    cfg.RESNETS.STRIDE_1X1 = stride_1x1
+    load(source_weights(), "resnet50-0676ba61.pth")
+    assert ("set RESNETS.STRIDE_1X1 False" in caplog.text) == stride_1x1
+
+
 def test_detectrons_pkl_loads_by_blob_name(load):
     net = Net()
     mapping, _ = net.detectron_weight_mapping
