@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from core.errors import UserError
-from utils.net import is_class_predictor
+from utils.net import first_names, is_class_predictor
 from utils.weights import read_detectron_blobs
 
 logger = logging.getLogger(__name__)
@@ -46,17 +46,17 @@ def load_detectron_weight(
     report = load_blobs(net, read_detectron_blobs(path), new_classes=new_classes)
     if report.mismatched:
         raise UserError(
-            f"{path} is of another model: shapes differ in {_first(report.mismatched)}: use the "
-            "config and number of classes (data set) it was trained with"
+            f"{path} is of another model: shapes differ in {first_names(report.mismatched)}: use "
+            "the config and number of classes (data set) it was trained with"
         )
     if not report.loaded:
         raise UserError(
-            f"{path} has no blob of this model (it lacks {_first(report.missing)}): use the "
+            f"{path} has no blob of this model (it lacks {first_names(report.missing)}): use the "
             "config it was trained with"
         )
     logger.info("%s: loaded %d parameters", path, len(report.loaded))
     if report.without_blob:
-        logger.info("Detectron has no blob for %s", _first(report.without_blob))
+        logger.info("Detectron has no blob for %s", first_names(report.without_blob))
     for names, reason in (
         (report.missing, "not in the file"),
         (report.new_classes, "another number of classes"),
@@ -103,8 +103,3 @@ def load_blobs(
             for name, value in sources.items():
                 own[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
     return report
-
-
-def _first(names: list[str], shown: int = 3) -> str:
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest

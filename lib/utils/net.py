@@ -7,7 +7,7 @@ Detectron.pytorch, which load here too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,9 +248,9 @@ def load_ckpt(
     skipped = [n for n in mismatched if new_classes and is_class_predictor(n, own, state)]
     mismatched = [n for n in mismatched if n not in skipped]
     problems = [
-        f"it lacks {_first(missing)}" if missing else "",
-        f"it has {_first(unexpected)}, which the model has not" if unexpected else "",
-        f"shapes differ in {_first(_shapes(mismatched, own, state))}" if mismatched else "",
+        f"it lacks {first_names(missing)}" if missing else "",
+        f"it has {first_names(unexpected)}, which the model has not" if unexpected else "",
+        f"shapes differ in {first_names(_shapes(mismatched, own, state))}" if mismatched else "",
     ]
     if any(problems):
         predictors_only = not (missing or unexpected) and all(
@@ -301,6 +301,7 @@ def _shapes(names: Iterable[str], own: Mapping[str, Any], other: Mapping[str, An
     return [f"{n} ({tuple(own[n].shape)}, in the file {tuple(other[n].shape)})" for n in names]
 
 
-def _first(names: list[str], shown: int = 3) -> str:
+def first_names(names: Sequence[str], shown: int = 3) -> str:
+    """`a, b, c and 5 more`, for messages."""
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from core.config import cfg
 from core.errors import UserError
 from utils.detectron_weight_helper import load_blobs
+from utils.net import first_names
 from utils.weights import read_detectron_blobs, read_torch_file
 
 logger = logging.getLogger(__name__)
@@ -100,11 +101,10 @@ def _load_torch_names(model: nn.Module, names: list[str], path: Path) -> None:
 
 
 def _other_network(path: Path, names: list[str]) -> UserError:
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return UserError(
         f"{path} (RESNETS.IMAGENET_PRETRAINED_WEIGHTS) is of another network than "
-        f"MODEL.CONV_BODY {cfg.MODEL.CONV_BODY} (see {shown}): name the file of the same depth "
-        "and normalisation"
+        f"MODEL.CONV_BODY {cfg.MODEL.CONV_BODY} (see {first_names(names)}): name the file "
+        "of the same depth and normalisation"
     )
 
 
