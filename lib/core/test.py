@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import ops
 import utils.blob as blob_utils
 import utils.boxes as box_utils
 import utils.heatmaps as heatmap_utils
 from core.config import cfg
 from core.errors import UserError
+from core.suppression import class_nms_and_limit
 from utils.mask_paste import masks_to_rles
 
 ClassBoxes = list[np.ndarray | list]
@@ -111,10 +111,8 @@ def detect_batch(
         deltas = _class_deltas(out["bbox_pred"].float(), row, cls)
         boxes = _decode(rois[row], deltas, scales, size)
         best = scores[row, cls]
-        keep = class_nms_and_limit(
-            boxes, best, cls, image, nms_thresh=cfg.TEST.NMS, limit=cfg.TEST.DETECTIONS_PER_IM
-        )
-        boxes, best, cls, image = boxes[keep], best[keep], cls[keep], image[keep]
+        keep, boxes, best = _select(boxes, best, cls, image)
+        cls, image = cls[keep], image[keep]
         counts = torch.bincount(image, minlength=len(images)).tolist()
 
     masks = None
@@ -176,48 +174,6 @@ def network_size(height: int, width: int) -> tuple[int, int]:
     return blob_utils.padded_size([size], blob_utils.coarsest_stride())
 
 
-def class_nms_and_limit(
-    boxes: Tensor, scores: Tensor, classes: Tensor, images: Tensor, *, nms_thresh: float, limit: int
-) -> Tensor:
-    """Suppress within each class of each image, then cut each image at its `limit`-th best score.
-
-    Args:
-        boxes: (K, 4) float32; scores: (K,); classes, images: (K,) int64.
-        nms_thresh: a box is dropped if its IoU with a better one of its class is at least this.
-        limit: detections scoring as well as the `limit`-th best of their image stay, so that ties
-            may exceed it; 0 or less for no limit.
-
-    Returns:
-        int64 indices of the survivors, ordered by image, class, input position.
-    """
-    if not len(boxes):
-        return torch.zeros(0, dtype=torch.int64, device=boxes.device)
-    problem = images * (classes.max() + 1) + classes
-    # Best first in every problem, equal scores in input order.
-    order = scores.argsort(descending=True, stable=True)
-    order = order[problem[order].argsort(stable=True)]
-    counts = torch.unique_consecutive(problem[order], return_counts=True)[1]
-    first = counts.cumsum(0) - counts
-    owner = torch.repeat_interleave(counts)
-    rank = torch.arange(len(order), device=boxes.device) - first[owner]
-    longest = int(counts.max())
-    padded = boxes.new_zeros(len(counts), longest, 4)
-    padded[owner, rank] = boxes[order]
-    valid = torch.arange(longest, device=boxes.device) < counts[:, None]
-    kept, _ = ops.batched_nms(padded, valid, nms_thresh, longest)
-    survivors = order[(first[:, None] + kept)[kept >= 0]]
-
-    if limit > 0:
-        ranked = survivors[scores[survivors].argsort(descending=True, stable=True)]
-        ranked = ranked[images[ranked].argsort(stable=True)]
-        found = torch.bincount(images[ranked])
-        nth = (found.cumsum(0) - found + limit - 1).clamp(max=len(ranked) - 1)
-        cut = torch.where(found > limit, scores[ranked[nth]], -torch.inf)
-        survivors = survivors[scores[survivors] >= cut[images[survivors]]]
-    survivors = survivors.sort().values
-    return survivors[problem[survivors].argsort(stable=True)]
-
-
 @torch.inference_mode()
 def im_detect_bbox(
     model: nn.Module,
@@ -261,7 +217,7 @@ def box_results_with_nms_and_limit(
 
     Returns:
         scores (n,), boxes (n, 4), and `cls_boxes` as `im_detect_all` returns it; ordered by class,
-        then by row of the input.
+        then by row of the input (with soft-NMS by score).
     """
     _check_supported()
     every = torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float32))
@@ -270,15 +226,8 @@ def box_results_with_nms_and_limit(
     row, cls = (every[:, 1:] > cfg.TEST.SCORE_THRESH).nonzero().unbind(1)
     cls = cls + 1
     kept, best = tiles[row, cls], every[row, cls]
-    keep = class_nms_and_limit(
-        kept,
-        best,
-        cls,
-        torch.zeros_like(cls),
-        nms_thresh=cfg.TEST.NMS,
-        limit=cfg.TEST.DETECTIONS_PER_IM,
-    )
-    found = Detections(kept[keep], best[keep], cls[keep], None, None, 0, 0)
+    keep, kept, best = _select(kept, best, cls, torch.zeros_like(cls))
+    found = Detections(kept, best, cls[keep], None, None, 0, 0)
     cls_boxes, _, _ = class_results(found, every.shape[1])
     return found.scores.numpy(), found.boxes.numpy(), cls_boxes
 
@@ -354,8 +303,6 @@ def _check_supported() -> None:
     asked = {
         "TEST.BBOX_AUG.ENABLED": cfg.TEST.BBOX_AUG.ENABLED,
         "TEST.MASK_AUG.ENABLED": cfg.TEST.MASK_AUG.ENABLED,
-        "TEST.SOFT_NMS.ENABLED": cfg.TEST.SOFT_NMS.ENABLED,
-        "TEST.BBOX_VOTE.ENABLED": cfg.TEST.BBOX_VOTE.ENABLED,
         "TEST.KPS_AUG.ENABLED": cfg.TEST.KPS_AUG.ENABLED,
     }
     for key, on in asked.items():
@@ -374,6 +321,22 @@ def _forward(
     device = next(net.parameters()).device
     data, scales, im_info = blob_utils.prep_images(images, target_size, max_size, device)
     return net(data, im_info), torch.tensor(scales, dtype=torch.float64, device=device)
+
+
+def _select(
+    boxes: Tensor, scores: Tensor, classes: Tensor, images: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`class_nms_and_limit` as the config asks for it."""
+    return class_nms_and_limit(
+        boxes,
+        scores,
+        classes,
+        images,
+        nms_thresh=cfg.TEST.NMS,
+        limit=cfg.TEST.DETECTIONS_PER_IM,
+        soft_nms=cfg.TEST.SOFT_NMS,
+        bbox_vote=cfg.TEST.BBOX_VOTE,
+    )
 
 
 def _class_deltas(bbox_pred: Tensor, row: Tensor, cls: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
 """The compiled operators, one a file; each runs on CPU and CUDA with the same results."""
 
+from .box_voting import SCORING_METHODS as VOTING_METHODS
 from .box_voting import box_voting
 from .image_batch import image_batch
 from .nms import batched_nms, nms
 from .polygons_to_masks import polygons_to_masks
 from .roi_align import roi_align
+from .soft_nms import METHODS as SOFT_NMS_METHODS
 from .soft_nms import batched_soft_nms, soft_nms
 
 __all__ = [
+    "SOFT_NMS_METHODS",
+    "VOTING_METHODS",
     "batched_nms",
     "batched_soft_nms",
     "box_voting",

@@ -10,9 +10,9 @@ import torch
 
 from core.config import merge_cfg_from_list
 from core.errors import UserError
+from core.suppression import class_nms_and_limit
 from core.test import (
     box_results_with_nms_and_limit,
-    class_nms_and_limit,
     detect_batch,
     im_detect_all,
     keypoint_results,
@@ -64,10 +64,12 @@ def test_agrees_with_nms_one_class_and_image_at_a_time(limit):
     # Few different scores: ties must be broken by position and may exceed the limit.
     scores = (rng.integers(1, 12, n) / 12).astype(np.float32)
     classes, images = rng.integers(1, 5, n), rng.choice([0, 1, 3], n)
-    keep = class_nms_and_limit(
+    keep, kept_boxes, kept_scores = class_nms_and_limit(
         *map(torch.from_numpy, (boxes, scores, classes, images)), nms_thresh=0.4, limit=limit
     )
     assert keep.tolist() == results_slowly(boxes, scores, classes, images, 0.4, limit)
+    np.testing.assert_array_equal(kept_boxes, boxes[keep])
+    np.testing.assert_array_equal(kept_scores, scores[keep])
 
 
 def test_nothing_found_is_no_detection(cfg):
@@ -119,7 +121,11 @@ def test_a_batch_of_differently_padded_images_is_refused(cfg):
         detect_batch(FindsNothing(1), images)
 
 
-@pytest.mark.parametrize("case", ["plain", "nms0.3", "thr0", "thr0.2", "nolimit", "limit10"])
+@pytest.mark.parametrize(
+    "case",
+    ["plain", "nms0.3", "thr0", "thr0.2", "nolimit", "limit10", "soft_linear", "soft_gauss"]
+    + ["soft_hard", "vote", "vote_avg", "vote_iou", "soft_vote"],
+)
 def test_box_results_agree_with_the_original(case, shared, cfg):
     golden = np.load(shared / "golden/tta/box_results.npz")
     options = json.loads((shared / "golden/tta/box_results.json").read_text())[case]["opts"]
@@ -129,8 +135,49 @@ def test_box_results_agree_with_the_original(case, shared, cfg):
     dets = np.vstack(
         [np.c_[np.full(len(b), j), b] for j, b in enumerate(cls_boxes) if len(b)]
     ).astype(np.float32)
-    np.testing.assert_array_equal(dets, golden[f"dets_{case}"])
+    if case.startswith(("soft", "vote")):  # sums and exponentials, rounded elsewhere
+        np.testing.assert_allclose(dets, golden[f"dets_{case}"], rtol=1e-5)
+    else:
+        np.testing.assert_array_equal(dets, golden[f"dets_{case}"])
     np.testing.assert_array_equal(np.c_[boxes, scores], dets[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "known"),
+    [
+        ("TEST.SOFT_NMS.METHOD", "cubic", "hard, linear, gaussian"),
+        ("TEST.BBOX_VOTE.SCORING_METHOD", "MAX", "ID, TEMP_AVG"),
+    ],
+)
+def test_an_unknown_method_is_named_even_when_nothing_is_found(key, value, known, cfg):
+    enabled = key.rsplit(".", 1)[0] + ".ENABLED"
+    merge_cfg_from_list(["MODEL.FASTER_RCNN", True, enabled, True, key, value])
+    with pytest.raises(UserError, match=f"{key} must be one of {known}.*, not '{value}'"):
+        box_results_with_nms_and_limit(np.zeros((1, 2), np.float32), np.zeros((1, 8), np.float32))
+
+
+def test_classes_and_images_neither_lower_nor_move_each_other(cfg):
+    """Soft-NMS and voting of several images at once give what each class of each alone gives."""
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 60, (200, 2))
+    boxes = np.hstack([corner, corner + rng.uniform(10, 40, (200, 2))]).astype(np.float32)
+    inputs = (boxes, rng.random(200).astype(np.float32), rng.integers(1, 4, 200))
+    boxes, scores, classes = map(torch.from_numpy, inputs)
+    images = torch.from_numpy(rng.integers(0, 3, 200))
+    cfg.TEST.SOFT_NMS.ENABLED = cfg.TEST.BBOX_VOTE.ENABLED = True
+    cfg.TEST.BBOX_VOTE.SCORING_METHOD = "AVG"
+    options = {"soft_nms": cfg.TEST.SOFT_NMS, "bbox_vote": cfg.TEST.BBOX_VOTE}
+    options |= {"nms_thresh": 0.4, "limit": 0}
+    keep, moved, lowered = class_nms_and_limit(boxes, scores, classes, images, **options)
+    for image in range(3):
+        for cls in range(1, 4):
+            rows = ((images == image) & (classes == cls)).nonzero()[:, 0]
+            alone = class_nms_and_limit(
+                boxes[rows], scores[rows], classes[rows], images[rows], **options
+            )
+            mine = (images[keep] == image) & (classes[keep] == cls)
+            assert torch.equal(keep[mine], rows[alone[0]])
+            assert torch.equal(moved[mine], alone[1]) and torch.equal(lowered[mine], alone[2])
 
 
 def test_segm_results_agree_with_the_original(shared, cfg):
@@ -165,8 +212,6 @@ def test_network_size(size, fpn, expected, cfg):
     [
         "TEST.BBOX_AUG.ENABLED",
         "TEST.MASK_AUG.ENABLED",
-        "TEST.SOFT_NMS.ENABLED",
-        "TEST.BBOX_VOTE.ENABLED",
         "TEST.KPS_AUG.ENABLED",
     ],
 )
