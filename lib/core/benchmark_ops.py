@@ -14,7 +14,6 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 import ops
 from core.benchmark import Row, measure
 from core.benchmark_roi_align import roi_align_rows
-from utils.mask_paste import masks_to_rles
 
 NMS_THRESH = 0.7
 
@@ -216,7 +215,7 @@ def paste_row(device: torch.device, sizes: OpSizes, rng: np.random.Generator) ->
         return smooth.to(device), torch.from_numpy(boxes).to(device)
 
     inputs = rotate(draw)
-    ours = measure(lambda i: masks_to_rles(*inputs(i), height, width, 0.5), device)
+    ours = measure(lambda i: ops.masks_to_rles(*inputs(i), height, width, 0.5), device)
 
     def peer(i: int) -> Tensor:
         masks, boxes = inputs(i)

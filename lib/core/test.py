@@ -21,7 +21,7 @@ import utils.heatmaps as heatmap_utils
 from core.config import cfg
 from core.errors import UserError
 from core.suppression import class_nms_and_limit
-from utils.mask_paste import masks_to_rles
+from ops import masks_to_rles
 
 ClassBoxes = list[np.ndarray | list]
 ClassSegms = list[list[dict[str, Any]]]

@@ -4,6 +4,7 @@ from .box_voting import SCORING_METHODS as VOTING_METHODS
 from .box_voting import box_voting
 from .image_batch import image_batch
 from .nms import batched_nms, nms
+from .paste_masks import masks_to_rles, paste_masks
 from .polygons_to_masks import polygons_to_masks
 from .roi_align import roi_align
 from .soft_nms import METHODS as SOFT_NMS_METHODS
@@ -16,7 +17,9 @@ __all__ = [
     "batched_soft_nms",
     "box_voting",
     "image_batch",
+    "masks_to_rles",
     "nms",
+    "paste_masks",
     "polygons_to_masks",
     "roi_align",
     "soft_nms",

@@ -57,4 +57,26 @@ inline VoteRule check_box_voting(
   return {static_cast<VoteScore>(method), static_cast<float>(thresh), beta};
 }
 
+constexpr int64_t kMaxPasteResolution = 1024;
+
+inline void check_paste(const Tensor& masks, const Tensor& boxes, int64_t im_h, int64_t im_w) {
+  TORCH_CHECK_VALUE(
+      masks.dim() == 3 && masks.size(1) == masks.size(2),
+      "paste_masks: masks must be (n, M, M), not ", masks.sizes());
+  TORCH_CHECK_VALUE(
+      masks.size(1) >= 1 && masks.size(1) <= kMaxPasteResolution,
+      "paste_masks: the side of masks must be in [1, ", kMaxPasteResolution, "], not ",
+      masks.size(1));
+  TORCH_CHECK_VALUE(
+      boxes.dim() == 2 && boxes.size(1) == 4 && boxes.size(0) == masks.size(0),
+      "paste_masks: boxes must be (n, 4) with n = ", masks.size(0), ", not ", boxes.sizes());
+  check_device(boxes, "paste_masks: boxes", masks, "masks");
+  check_floating(masks, "paste_masks: masks");
+  check_floating(boxes, "paste_masks: boxes");
+  TORCH_CHECK_VALUE(
+      im_h >= 0 && im_w >= 0 && im_h <= 65535 && im_w <= 65535 && im_h * im_w < (1LL << 31),
+      "paste_masks: height and width must be in [0, 65535] with fewer than 2^31 pixels, not ", im_h,
+      " x ", im_w);
+}
+
 }  // namespace detectron

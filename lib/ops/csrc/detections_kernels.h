@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <vector_types.h>
 
 #include "detections.h"
 
@@ -31,5 +32,21 @@ struct BoxVoting {
 };
 
 void box_voting(const BoxVoting& p, cudaStream_t stream);
+
+struct PasteMasks {
+  const float* masks;  // (instances, resolution, resolution)
+  const float* boxes;  // (instances, 4)
+  int64_t instances;
+  int resolution, height, width;
+  float thresh;
+};
+
+// planes: (instances, height, width); every element is written.
+void paste_masks(const PasteMasks& p, uint8_t* planes, cudaStream_t stream);
+
+// Vertical runs. counts: (instances, width), how many each column of each mask has. run_ends: their
+// running sums. runs: (begin, end) of each, positions in column-major order.
+void count_runs(const PasteMasks& p, int* counts, cudaStream_t stream);
+void write_runs(const PasteMasks& p, const int64_t* run_ends, int2* runs, cudaStream_t stream);
 
 }  // namespace detectron::kernels

@@ -1,4 +1,6 @@
 // The host side of the CUDA operators on detections; see cuda_launch.cpp.
+#include <ATen/ops/cumsum.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
@@ -11,11 +13,28 @@
 #include "detections_checks.h"
 #include "detections_kernels.h"
 #include "ops.h"
+#include "paste_runs.h"
 
 namespace detectron::cuda {
 namespace {
 
 cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+// `masks` and `boxes`, float and contiguous, own the memory that the result points to.
+kernels::PasteMasks paste_problem(
+    const Tensor& masks, const Tensor& boxes, int64_t im_h, int64_t im_w, double thresh) {
+  TORCH_CHECK_VALUE(
+      masks.size(0) <= 65535, "paste_masks: at most 65535 masks in a call, not ", masks.size(0));
+  kernels::PasteMasks p{};
+  p.masks = masks.const_data_ptr<float>();
+  p.boxes = boxes.const_data_ptr<float>();
+  p.instances = masks.size(0);
+  p.resolution = static_cast<int>(masks.size(1));
+  p.height = static_cast<int>(im_h);
+  p.width = static_cast<int>(im_w);
+  p.thresh = static_cast<float>(thresh);
+  return p;
+}
 
 }  // namespace
 
@@ -74,6 +93,50 @@ Tensor box_voting(
   kernels::box_voting(p, current_stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
+}
+
+Tensor paste_masks(
+    const Tensor& masks, const Tensor& boxes, int64_t im_h, int64_t im_w, double thresh) {
+  check_paste(masks, boxes, im_h, im_w);
+  const c10::cuda::CUDAGuard guard(masks.device());
+  const Tensor m = masks.to(at::kFloat).contiguous(), b = boxes.to(at::kFloat).contiguous();
+  Tensor out = at::empty({m.size(0), im_h, im_w}, m.options().dtype(at::kByte));
+  if (out.numel() == 0) return out;
+  kernels::paste_masks(
+      paste_problem(m, b, im_h, im_w, thresh), out.mutable_data_ptr<uint8_t>(), current_stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+// Two sizes come to the host: the number of runs, and then the runs.
+std::tuple<Tensor, Tensor> encode_masks(
+    const Tensor& masks, const Tensor& boxes, int64_t im_h, int64_t im_w, double thresh) {
+  check_paste(masks, boxes, im_h, im_w);
+  const c10::cuda::CUDAGuard guard(masks.device());
+  const Tensor m = masks.to(at::kFloat).contiguous(), b = boxes.to(at::kFloat).contiguous();
+  const int64_t count = m.size(0), area = im_h * im_w;
+  if (count == 0 || area == 0) {
+    const std::vector<int64_t> none(count, 0);
+    return encode_runs(nullptr, none.data(), count, area);
+  }
+  const auto p = paste_problem(m, b, im_h, im_w, thresh);
+  const Tensor counts = at::empty({count, im_w}, m.options().dtype(at::kInt));
+  kernels::count_runs(p, counts.mutable_data_ptr<int>(), current_stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const Tensor run_ends = at::cumsum(counts.view({-1}), 0, at::kLong);
+  const Tensor ends = run_ends.view({count, im_w}).select(1, im_w - 1).cpu().contiguous();
+  const int64_t* end = ends.const_data_ptr<int64_t>();
+  const Tensor runs = at::empty({end[count - 1], 2}, counts.options());
+  if (runs.numel() > 0) {
+    kernels::write_runs(
+        p, run_ends.const_data_ptr<int64_t>(), reinterpret_cast<int2*>(runs.mutable_data_ptr<int>()),
+        current_stream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  const Tensor on_host = runs.cpu();
+  static_assert(sizeof(Run) == 2 * sizeof(int));
+  return encode_runs(
+      reinterpret_cast<const Run*>(on_host.const_data_ptr<int>()), end, count, area);
 }
 
 }  // namespace detectron::cuda

@@ -25,6 +25,11 @@ TORCH_LIBRARY(detectron, m) {
   m.def(
       "box_voting(Tensor top_dets, Tensor all_dets, Tensor top_group, Tensor offsets, float thresh,"
       " int method, float beta) -> Tensor");
+  m.def(
+      "paste_masks(Tensor masks, Tensor boxes, SymInt im_h, SymInt im_w, float thresh) -> Tensor");
+  m.def(
+      "encode_masks(Tensor masks, Tensor boxes, int im_h, int im_w, float thresh)"
+      " -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(detectron, CPU, m) {
@@ -36,6 +41,8 @@ TORCH_LIBRARY_IMPL(detectron, CPU, m) {
   m.impl("polygons_to_masks", &detectron::cpu::polygons_to_masks);
   m.impl("batched_soft_nms", &detectron::cpu::batched_soft_nms);
   m.impl("box_voting", &detectron::cpu::box_voting);
+  m.impl("paste_masks", &detectron::cpu::paste_masks);
+  m.impl("encode_masks", &detectron::cpu::encode_masks);
 }
 
 #ifdef WITH_CUDA
@@ -48,6 +55,8 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
   m.impl("polygons_to_masks", &detectron::cuda::polygons_to_masks);
   m.impl("batched_soft_nms", &detectron::cuda::batched_soft_nms);
   m.impl("box_voting", &detectron::cuda::box_voting);
+  m.impl("paste_masks", &detectron::cuda::paste_masks);
+  m.impl("encode_masks", &detectron::cuda::encode_masks);
 }
 #else
 namespace {
@@ -61,7 +70,8 @@ void built_without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 
 TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
   for (const char* name : {"nms", "batched_nms", "roi_align", "roi_align_backward", "image_batch",
-                           "polygons_to_masks", "batched_soft_nms", "box_voting"}) {
+                           "polygons_to_masks", "batched_soft_nms", "box_voting", "paste_masks",
+                           "encode_masks"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
   }
 }

@@ -36,6 +36,10 @@ using Scales = at::ArrayRef<double>;
   Tensor box_voting(                                                                             \
       const Tensor& top_dets, const Tensor& all_dets, const Tensor& top_group,                   \
       const Tensor& offsets, double thresh, int64_t method, double beta);                        \
+  Tensor paste_masks(                                                                            \
+      const Tensor& masks, const Tensor& boxes, int64_t im_h, int64_t im_w, double thresh);      \
+  std::tuple<Tensor, Tensor> encode_masks(                                                       \
+      const Tensor& masks, const Tensor& boxes, int64_t im_h, int64_t im_w, double thresh);      \
   }
 
 DETECTRON_OPS(cpu)
