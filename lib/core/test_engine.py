@@ -19,7 +19,7 @@ from core.config import cfg
 from core.errors import UserError
 from core.test import ClassBoxes, ClassKeyps, ClassSegms
 from core.test_pipeline import detect_files
-from core.train_engine import place_model
+from core.train_engine import place_model, prepare_device
 from datasets import task_evaluation
 from datasets.json_dataset import JsonDataset
 from modeling.model_builder import Generalized_RCNN
@@ -200,4 +200,6 @@ def initialize_model_from_cfg(args: argparse.Namespace) -> nn.Module:
                 f"{args.load_detectron} is not a model of this config: it lacks {missing[0]} and "
                 f"{len(missing) - 1} more; use the config that it was trained with."
             )
-    return place_model(model, torch.device(args.device)).eval()
+    device = torch.device(args.device)
+    prepare_device(device)
+    return place_model(model, device).eval()

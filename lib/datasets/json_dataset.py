@@ -112,6 +112,11 @@ class JsonDataset:
         a bad proposal file.
         """
         self.findings.clear()
+        stray = sum(
+            len(self.COCO.imgToAnns[i]) for i in self.COCO.imgToAnns.keys() - self.COCO.imgs
+        )
+        if gt and stray:
+            self.findings["objects of images that the file does not list"] = stray
         roidb = []
         for image in self.COCO.loadImgs(self.image_ids):
             objects = self.COCO.imgToAnns.get(image["id"], []) if gt else []
@@ -166,8 +171,15 @@ class JsonDataset:
     def _keypoints(self, objects: list[dict]) -> np.ndarray:
         keypoints = np.zeros((len(objects), 3, self.num_keypoints), dtype=np.int32)
         for row, obj in zip(keypoints, objects, strict=True):
-            if "keypoints" in obj:
-                row[:] = np.array(obj["keypoints"]).reshape(-1, 3).T
+            if "keypoints" not in obj:
+                continue
+            if len(obj["keypoints"]) != 3 * self.num_keypoints:
+                raise UserError(
+                    f"annotation file {self.annotation_file}: annotation {obj['id']} has "
+                    f"{len(obj['keypoints'])} keypoint numbers; the category's "
+                    f"{self.num_keypoints} keypoints need {3 * self.num_keypoints}"
+                )
+            row[:] = np.array(obj["keypoints"]).reshape(-1, 3).T
         return keypoints
 
     def _segmentation(self, obj: dict, height: int, width: int) -> list | dict:

@@ -29,6 +29,7 @@ class _RPN(nn.Module):
 
     prefix: str
     blob_suffix: str
+    multilevel: bool
 
     def __init__(
         self, dim_in: int, dim_out: int, cell_anchors: list, strides: list[int], names: list[str]
@@ -96,7 +97,7 @@ class _RPN(nn.Module):
             im_info,
             **options,
         )
-        if len(logits) == 1:
+        if not self.multilevel:
             return proposals
         if self.training:
             top_n = int(options["post_nms_top_n"] * self.collect_scale + 0.5)
@@ -125,7 +126,7 @@ class _RPN(nn.Module):
             bce = F.binary_cross_entropy_with_logits(
                 scores, label.clamp(min=0).float(), weight=used, reduction="sum"
             )
-            per_level_mean = self.softmax or len(logits) == 1
+            per_level_mean = self.softmax or not self.multilevel
             losses[f"loss_rpn_cls{name}"] = bce / (
                 used.sum().clamp(min=1) if per_level_mean else fixed
             )
@@ -142,6 +143,7 @@ class single_scale_rpn_outputs(_RPN):
 
     prefix = "RPN"
     blob_suffix = ""
+    multilevel = False
 
     def __init__(self, dim_in: int) -> None:
         stride = cfg.RPN.STRIDE
@@ -154,6 +156,7 @@ class fpn_rpn_outputs(_RPN):
     """RPN whose convolutions are shared by all pyramid levels, one anchor size a level."""
 
     prefix = "FPN_RPN"
+    multilevel = True
 
     def __init__(self, dim_in: int) -> None:
         low, high = cfg.FPN.RPN_MIN_LEVEL, cfg.FPN.RPN_MAX_LEVEL

@@ -125,6 +125,25 @@ def test_dropped_objects_are_counted_by_reason(cfg, tiny_files, caplog, changes,
     assert reason in caplog.text
 
 
+def test_objects_of_unknown_images_are_counted(cfg, tiny_files, caplog):
+    edit_first(tiny_files, image_id=12345)
+    with caplog.at_level("INFO"):
+        roidb = load(tiny_files).get_roidb(gt=True)
+    assert len(roidb[0]["boxes"]) == 2
+    assert "1 objects of images that the file does not list" in caplog.text
+
+
+def test_a_wrong_number_of_keypoints_is_refused(cfg, shared, tmp_path):
+    source = shared / "golden/annotations/person_keypoints_train2017.json"
+    data = json.loads(source.read_text())
+    annotation = next(a for a in data["annotations"] if not a["iscrowd"])
+    annotation["keypoints"] = annotation["keypoints"][:-1]
+    (tmp_path / "short.json").write_text(json.dumps(data))
+    spec = f"{tmp_path / 'short.json'}:{shared / 'data/coco/images/train2017'}"
+    with pytest.raises(UserError, match=f"annotation {annotation['id']} has 50 keypoint numbers"):
+        JsonDataset(resolve_dataset(spec).train_names[0]).get_roidb(gt=True)
+
+
 def test_objects_below_the_least_area_are_dropped(cfg, tiny_files, caplog):
     cfg.TRAIN.GT_MIN_AREA = 400
     with caplog.at_level("INFO"):
