@@ -170,7 +170,7 @@ def class_results(
 def network_size(height: int, width: int) -> tuple[int, int]:
     """Padded height and width with which an image of this size enters the network when testing."""
     scale = blob_utils.get_target_scale(height, width, cfg.TEST.SCALE, cfg.TEST.MAX_SIZE)
-    size = (int(np.round(height * scale)), int(np.round(width * scale)))
+    size = blob_utils.scaled_size(height, width, scale)
     return blob_utils.padded_size([size], blob_utils.coarsest_stride())
 
 
@@ -355,7 +355,9 @@ def _decode(rois: Tensor, deltas: Tensor, scales: Tensor, sizes: Tensor) -> Tens
     boxes = (rois[:, 1:].double() / scales[image, None]).float()
     if not cfg.TEST.BBOX_REG:
         return boxes.repeat(1, deltas.shape[1] // 4)
-    decoded = box_utils.bbox_transform(boxes, deltas, cfg.MODEL.BBOX_REG_WEIGHTS)
+    decoded = box_utils.bbox_transform(
+        boxes, deltas, cfg.MODEL.BBOX_REG_WEIGHTS, cfg.BBOX_XFORM_CLIP
+    )
     limit = (sizes - 1).flip(1).repeat(1, deltas.shape[1] // 2).to(decoded.dtype)
     return torch.minimum(decoded.clamp(min=0), limit[image])
 

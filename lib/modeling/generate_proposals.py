@@ -38,6 +38,7 @@ def generate_proposals(
     post_nms_top_n: int,
     nms_thresh: float,
     min_size: float,
+    xform_clip: float = box_utils.BBOX_XFORM_CLIP,
 ) -> Proposals:
     """Proposals of every level of every image.
 
@@ -50,13 +51,14 @@ def generate_proposals(
         post_nms_top_n: survivors of a level; <= 0 keeps all.
         nms_thresh: IoU from which on NMS suppresses; <= 0 keeps every candidate.
         min_size: shortest side, in original-image pixels.
+        xform_clip: BBOX_XFORM_CLIP, upper bound of the deltas dw and dh.
 
     Returns:
         Proposals with the levels side by side (fine to coarse as given), within a level by
         descending score.
     """
     per_level = [
-        _top_candidates(*level, pre_nms_top_n)
+        _top_candidates(*level, pre_nms_top_n, xform_clip)
         for level in zip(logits, deltas, anchors, strict=True)
     ]
     num_images, longest = len(im_info), max(scores.shape[1] for _, scores in per_level)
@@ -99,7 +101,7 @@ def collect_per_image(proposals: Proposals, top_n: int) -> Proposals:
 
 
 def _top_candidates(
-    logits: Tensor, deltas: Tensor, anchors: Tensor, top_n: int
+    logits: Tensor, deltas: Tensor, anchors: Tensor, top_n: int, xform_clip: float
 ) -> tuple[Tensor, Tensor]:
     """Decoded boxes (N, k, 4) and probabilities (N, k) of a level's best anchors, sorted."""
     num_images = logits.shape[0]
@@ -108,7 +110,7 @@ def _top_candidates(
     scores, index = scores.topk(min(top_n, count) if top_n > 0 else count, dim=1)
     per_anchor = deltas.permute(0, 2, 3, 1).reshape(num_images, count, 4)
     chosen = per_anchor.gather(1, index.unsqueeze(-1).expand(-1, -1, 4)).float()
-    return box_utils.bbox_transform(anchors[index], chosen), scores
+    return box_utils.bbox_transform(anchors[index], chosen, clip=xform_clip), scores
 
 
 def _pad(x: Tensor, length: int, value: float) -> Tensor:

@@ -178,4 +178,5 @@ def _proposal_options(mode) -> dict:
         "post_nms_top_n": mode.RPN_POST_NMS_TOP_N,
         "nms_thresh": mode.RPN_NMS_THRESH,
         "min_size": mode.RPN_MIN_SIZE,
+        "xform_clip": cfg.BBOX_XFORM_CLIP,
     }

@@ -75,7 +75,7 @@ def get_sample(entry: RoidbEntry, ratio: float, seed: int, options: MinibatchOpt
     image = read_image(entry["image"], (height, width))
     target_size = options.scales[rng.randint(len(options.scales))]
     scale = blob_utils.get_target_scale(height, width, target_size, options.max_size)
-    out_hw = (int(np.round(height * scale)), int(np.round(width * scale)))
+    out_hw = blob_utils.scaled_size(height, width, scale)
     crop_xy = (0, 0)
     if entry.get("need_crop"):
         window = choose_window(entry, out_hw, scale, ratio, rng)

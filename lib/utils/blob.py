@@ -20,6 +20,11 @@ def get_target_scale(height: int, width: int, target_size: int, max_size: int) -
     return scale
 
 
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Height and width of an image after resizing, each rounded half to even."""
+    return int(np.round(height * scale)), int(np.round(width * scale))
+
+
 def padded_size(sizes: Sequence[tuple[int, int]], stride: int) -> tuple[int, int]:
     """Height and width that hold every (h, w) of sizes, each rounded up to a multiple of stride."""
     height, width = (max(s[i] for s in sizes) for i in (0, 1))
@@ -75,10 +80,7 @@ def prep_images(
     """
     stride = coarsest_stride() if stride is None else stride
     scales = [get_target_scale(*im.shape[:2], target_size, max_size) for im in images]
-    sizes = [
-        (int(np.round(im.shape[0] * s)), int(np.round(im.shape[1] * s)))
-        for im, s in zip(images, scales, strict=True)
-    ]
+    sizes = [scaled_size(*im.shape[:2], s) for im, s in zip(images, scales, strict=True)]
     blob_size = padded_size(sizes, stride)
     offsets = np.cumsum([0] + [im.size for im in images])
     meta = [

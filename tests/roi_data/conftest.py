@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tiny_data import golden_data_dir, tiny_dataset, tiny_files
+
+__all__ = ["golden_data_dir", "golden_roidb", "tiny_dataset", "tiny_files"]
+
 
 @pytest.fixture
 def golden_roidb(shared, cfg):
