@@ -6,7 +6,10 @@ from .image_batch import image_batch
 from .nms import batched_nms, nms
 from .paste_masks import masks_to_rles, paste_masks
 from .polygons_to_masks import polygons_to_masks
+from .ps_roi_pool import ps_roi_pool
 from .roi_align import roi_align
+from .roi_crop import roi_crop
+from .roi_pool import roi_pool
 from .soft_nms import METHODS as SOFT_NMS_METHODS
 from .soft_nms import batched_soft_nms, soft_nms
 
@@ -21,6 +24,9 @@ __all__ = [
     "nms",
     "paste_masks",
     "polygons_to_masks",
+    "ps_roi_pool",
     "roi_align",
+    "roi_crop",
+    "roi_pool",
     "soft_nms",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401
+from . import _roi
 
 
 def roi_align(
@@ -44,65 +44,31 @@ def roi_align(
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit.
     """
-    if isinstance(features, Tensor):
-        features = [features]
-    scales = [spatial_scale] if isinstance(spatial_scale, (int, float)) else spatial_scale
-    height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
+    features, scales = _roi.as_levels(features, spatial_scale)
+    size = _roi.as_size(output_size)
     return torch.ops.detectron.roi_align(
-        list(features),
-        rois,
-        levels,
-        [float(scale) for scale in scales],
-        height,
-        width,
-        sampling_ratio,
-        aligned,
+        features, rois, levels, scales, *size, sampling_ratio, aligned
     )
-
-
-def _is_channels_last(features: list[Tensor]) -> bool:
-    """As the kernels decide it: one level that is unambiguously channels_last decides for all."""
-    return any(
-        f.is_contiguous(memory_format=torch.channels_last) and not f.is_contiguous()
-        for f in features
-    )
-
-
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 @torch.library.register_fake("detectron::roi_align")
 def _roi_align_fake(features, rois, levels, scales, pooled_h, pooled_w, sampling_ratio, aligned):
-    shape = (rois.shape[0], features[0].shape[1], pooled_h, pooled_w)
-    layout = _format(_is_channels_last(features))
-    return torch.empty(
-        shape, dtype=features[0].dtype, device=features[0].device, memory_format=layout
-    )
+    return _roi.fake_pooled(features, rois, features[0].shape[1], pooled_h, pooled_w)
 
 
 @torch.library.register_fake("detectron::roi_align_backward")
 def _roi_align_backward_fake(
     grad, rois, levels, scales, sizes, sampling_ratio, aligned, channels_last
 ):
-    images, channels, *extents = sizes
-    return [
-        torch.empty(
-            (images, channels, height, width),
-            dtype=grad.dtype,
-            device=grad.device,
-            memory_format=_format(channels_last),
-        )
-        for height, width in zip(extents[::2], extents[1::2], strict=True)
-    ]
+    return _roi.fake_maps(grad, sizes, channels_last)
 
 
 def _setup(ctx, inputs, output) -> None:
     features, rois, levels, scales, _, _, sampling_ratio, aligned = inputs
     ctx.save_for_backward(rois, levels)
-    ctx.sizes = [*features[0].shape[:2], *(extent for f in features for extent in f.shape[2:])]
+    ctx.sizes = _roi.sizes_of(features)
     ctx.options = (scales, sampling_ratio, aligned)
-    ctx.channels_last = _is_channels_last(features)
+    ctx.channels_last = _roi.is_channels_last(features)
 
 
 def _backward(ctx, grad):

@@ -5,6 +5,7 @@
 #include <c10/core/ScalarType.h>
 
 #include <optional>
+#include <string>
 
 namespace detectron {
 
@@ -51,49 +52,58 @@ inline void check_batched_nms(const Tensor& boxes, const Tensor& valid, int64_t 
 }
 
 constexpr int64_t kMaxLevels = 8;
+constexpr int64_t kMaxExtent = 1 << 24;    // of a feature map: exact in float
+constexpr int64_t kMaxPooledSize = 4096;  // the cells of an RoI are counted in int
 
+// `op` is the operator's name, for the sentences.
 inline void check_rois(
-    const Tensor& rois, const std::optional<Tensor>& levels, size_t num_levels, const Tensor& like) {
+    const std::string& op, const Tensor& rois, const std::optional<Tensor>& levels,
+    size_t num_levels, const Tensor& like) {
   TORCH_CHECK_VALUE(
-      num_levels >= 1 && num_levels <= kMaxLevels, "roi_align: between 1 and ", kMaxLevels,
+      num_levels >= 1 && num_levels <= kMaxLevels, op, ": between 1 and ", kMaxLevels,
       " feature levels, not ", num_levels);
   TORCH_CHECK_VALUE(
-      rois.dim() == 2 && rois.size(1) == 5, "roi_align: rois must be (R, 5), not ", rois.sizes());
-  check_device(rois, "roi_align: rois", like, "features");
-  check_floating(rois, "roi_align: rois");
+      rois.dim() == 2 && rois.size(1) == 5, op, ": rois must be (R, 5), not ", rois.sizes());
+  check_device(rois, (op + ": rois").c_str(), like, "features");
+  check_floating(rois, (op + ": rois").c_str());
   TORCH_CHECK_VALUE(
-      levels.has_value() || num_levels == 1,
-      "roi_align: levels must be given when there is more than one feature level");
+      levels.has_value() || num_levels == 1, op,
+      ": levels must be given when there is more than one feature level");
   if (levels.has_value()) {
     TORCH_CHECK_VALUE(
-        levels->dim() == 1 && levels->size(0) == rois.size(0), "roi_align: levels must be (R,) with R = ",
+        levels->dim() == 1 && levels->size(0) == rois.size(0), op, ": levels must be (R,) with R = ",
         rois.size(0), ", not ", levels->sizes());
-    check_device(*levels, "roi_align: levels", like, "features");
-    check_dtype(*levels, "roi_align: levels", at::kLong);
+    check_device(*levels, (op + ": levels").c_str(), like, "features");
+    check_dtype(*levels, (op + ": levels").c_str(), at::kLong);
   }
 }
 
-inline void check_roi_align(
-    at::TensorList features, const Tensor& rois, const std::optional<Tensor>& levels,
-    at::ArrayRef<double> scales, int64_t pooled_h, int64_t pooled_w) {
-  TORCH_CHECK_VALUE(!features.empty(), "roi_align: no feature level given");
+inline void check_roi_features(
+    const std::string& op, at::TensorList features, const Tensor& rois,
+    const std::optional<Tensor>& levels, at::ArrayRef<double> scales, int64_t pooled_h,
+    int64_t pooled_w) {
+  TORCH_CHECK_VALUE(!features.empty(), op, ": no feature level given");
   TORCH_CHECK_VALUE(
-      scales.size() == features.size(), "roi_align: ", features.size(), " feature levels but ",
+      scales.size() == features.size(), op, ": ", features.size(), " feature levels but ",
       scales.size(), " spatial scales");
   TORCH_CHECK_VALUE(
-      pooled_h > 0 && pooled_w > 0, "roi_align: output size must be positive, not ", pooled_h, " x ",
+      pooled_h > 0 && pooled_w > 0 && pooled_h <= kMaxPooledSize && pooled_w <= kMaxPooledSize, op,
+      ": output size must be positive and at most ", kMaxPooledSize, ", not ", pooled_h, " x ",
       pooled_w);
   const Tensor& first = features[0];
-  check_floating(first, "roi_align: features");
+  check_floating(first, (op + ": features").c_str());
   for (const Tensor& f : features) {
-    TORCH_CHECK_VALUE(f.dim() == 4, "roi_align: features must be (N, C, H, W), not ", f.sizes());
-    check_device(f, "roi_align: a feature level", first, "the first level");
-    check_dtype(f, "roi_align: every feature level", first.scalar_type());
+    TORCH_CHECK_VALUE(f.dim() == 4, op, ": features must be (N, C, H, W), not ", f.sizes());
+    check_device(f, (op + ": a feature level").c_str(), first, "the first level");
+    check_dtype(f, (op + ": every feature level").c_str(), first.scalar_type());
     TORCH_CHECK_VALUE(
-        f.size(0) == first.size(0) && f.size(1) == first.size(1),
-        "roi_align: levels must agree in images and channels: ", f.sizes(), " and ", first.sizes());
+        f.size(0) == first.size(0) && f.size(1) == first.size(1), op,
+        ": levels must agree in images and channels: ", f.sizes(), " and ", first.sizes());
+    TORCH_CHECK_VALUE(
+        f.size(2) <= kMaxExtent && f.size(3) <= kMaxExtent, op, ": feature maps of at most ",
+        kMaxExtent, " pixels a side, not ", f.sizes());
   }
-  check_rois(rois, levels, features.size(), first);
+  check_rois(op, rois, levels, features.size(), first);
 }
 
 inline void check_image_batch(
@@ -152,6 +162,10 @@ inline bool features_are_channels_last(at::TensorList features) {
     if (f.is_contiguous(at::MemoryFormat::ChannelsLast) && !f.is_contiguous()) return true;
   }
   return false;
+}
+
+inline at::MemoryFormat memory_format(bool channels_last) {
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
 }  // namespace detectron

@@ -1,7 +1,6 @@
 // The CUDA operators' host side: checks, outputs, scratch memory, then the launchers of kernels.h.
 // Everything runs on the inputs' device and the current stream; only nms reads a size back (its output
 // has as many rows as boxes survive).
-#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
@@ -12,20 +11,12 @@
 #include <limits>
 
 #include "checks.h"
+#include "cuda_current.h"
 #include "kernels.h"
 #include "ops.h"
 
 namespace detectron::cuda {
 namespace {
-
-cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
-
-int multiprocessors() {
-  int device = 0, count = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
 
 // Kernels read boxes as float4: a view at an odd offset into a larger tensor is copied.
 Tensor aligned_floats(const Tensor& boxes) {
@@ -62,42 +53,6 @@ std::tuple<Tensor, Tensor> suppress(
   return {keep, kept};
 }
 
-kernels::DType kernel_dtype(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat: return kernels::DType::f32;
-    case at::kDouble: return kernels::DType::f64;
-    case at::kHalf: return kernels::DType::f16;
-    case at::kBFloat16: return kernels::DType::bf16;
-    default:
-      TORCH_CHECK_TYPE(
-          false, "roi_align: features must be float32, float64, float16 or bfloat16, not ", dtype);
-  }
-}
-
-at::MemoryFormat format(bool channels_last) {
-  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
-
-// What forward and backward share; `boxes` and `levels` own the memory that the result points to.
-kernels::RoiAlign roi_align_problem(
-    const Tensor& boxes, const Tensor& levels, Scales scales, at::ScalarType dtype,
-    bool channels_last, int64_t pooled_h, int64_t pooled_w, int64_t sampling_ratio, bool aligned) {
-  kernels::RoiAlign p{};
-  p.dtype = kernel_dtype(dtype);
-  p.channels_last = channels_last;
-  p.levels = static_cast<int>(scales.size());
-  for (int l = 0; l < p.levels; ++l) p.scales[l] = scales[l];
-  p.rois = boxes.size(0);
-  p.pooled_h = static_cast<int>(pooled_h);
-  p.pooled_w = static_cast<int>(pooled_w);
-  p.sampling_ratio = static_cast<int>(sampling_ratio);
-  p.aligned = aligned;
-  p.boxes = boxes.const_data_ptr();
-  p.roi_levels = levels.defined() ? levels.const_data_ptr<int64_t>() : nullptr;
-  p.multiprocessors = multiprocessors();
-  return p;
-}
-
 }  // namespace
 
 Tensor nms(const Tensor& boxes, const Tensor& scores, double thresh, bool plus_one) {
@@ -124,66 +79,6 @@ std::tuple<Tensor, Tensor> batched_nms(
   check_batched_nms(boxes, valid, max_out);
   const c10::cuda::CUDAGuard guard(boxes.device());
   return suppress(aligned_floats(boxes), valid.contiguous(), thresh, max_out, plus_one);
-}
-
-Tensor roi_align(
-    at::TensorList features, const Tensor& rois, const std::optional<Tensor>& levels, Scales scales,
-    int64_t pooled_h, int64_t pooled_w, int64_t sampling_ratio, bool aligned) {
-  check_roi_align(features, rois, levels, scales, pooled_h, pooled_w);
-  const Tensor& first = features[0];
-  const c10::cuda::CUDAGuard guard(first.device());
-  const bool channels_last = features_are_channels_last(features);
-  const auto dtype = first.scalar_type();
-  const Tensor boxes = rois.to(dtype == at::kDouble ? at::kDouble : at::kFloat).contiguous();
-  const Tensor level_index = levels.has_value() ? levels->contiguous() : Tensor();
-  Tensor out = at::empty(
-      {rois.size(0), first.size(1), pooled_h, pooled_w}, first.options(), format(channels_last));
-  if (out.numel() == 0) return out;
-  auto p = roi_align_problem(
-      boxes, level_index, scales, dtype, channels_last, pooled_h, pooled_w, sampling_ratio, aligned);
-  p.images = first.size(0);
-  p.channels = first.size(1);
-  std::vector<Tensor> held;
-  for (int l = 0; l < p.levels; ++l) {
-    held.push_back(features[l].contiguous(format(channels_last)));
-    p.heights[l] = static_cast<int>(held[l].size(2));
-    p.widths[l] = static_cast<int>(held[l].size(3));
-    p.maps[l] = const_cast<void*>(held[l].const_data_ptr());  // forward only reads
-  }
-  p.pooled = out.mutable_data_ptr();
-  kernels::roi_align_forward(p, current_stream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return out;
-}
-
-std::vector<Tensor> roi_align_backward(
-    const Tensor& grad, const Tensor& rois, const std::optional<Tensor>& levels, Scales scales,
-    Sizes sizes, int64_t sampling_ratio, bool aligned, bool channels_last) {
-  check_rois(rois, levels, scales.size(), grad);
-  const c10::cuda::CUDAGuard guard(grad.device());
-  const auto dtype = grad.scalar_type();
-  const Tensor boxes = rois.to(dtype == at::kDouble ? at::kDouble : at::kFloat).contiguous();
-  const Tensor level_index = levels.has_value() ? levels->contiguous() : Tensor();
-  const Tensor pooled = grad.contiguous(format(channels_last));
-  auto p = roi_align_problem(
-      boxes, level_index, scales, dtype, channels_last, grad.size(2), grad.size(3), sampling_ratio,
-      aligned);
-  p.images = sizes[0];
-  p.channels = sizes[1];
-  p.pooled = const_cast<void*>(pooled.const_data_ptr());  // backward only reads
-  std::vector<Tensor> out;
-  for (int l = 0; l < p.levels; ++l) {
-    p.heights[l] = static_cast<int>(sizes[2 + 2 * l]);
-    p.widths[l] = static_cast<int>(sizes[3 + 2 * l]);
-    out.push_back(at::empty(
-        {p.images, p.channels, p.heights[l], p.widths[l]}, grad.options(), format(channels_last)));
-    out[l].zero_();
-    p.maps[l] = out[l].mutable_data_ptr();
-  }
-  if (pooled.numel() == 0) return out;
-  kernels::roi_align_backward(p, at::globalContext().deterministicAlgorithms(), current_stream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return out;
 }
 
 Tensor image_batch(

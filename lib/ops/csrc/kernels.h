@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace detectron::kernels {
+#include "roi_maps.h"
 
-enum class DType { f32, f64, f16, bf16 };
+namespace detectron::kernels {
 
 // Boxes of one NMS call are worked through in chunks of this many, so that the bit matrix stays small.
 constexpr int kNmsChunk = 4096;
@@ -34,26 +34,16 @@ void nms_mark(
     const int64_t* keep, const int64_t* kept, const int64_t* order, int64_t count, bool* flags,
     cudaStream_t stream);
 
-struct RoiAlign {
-  static constexpr int kMaxLevels = 8;
-  DType dtype;
-  bool channels_last;
-  void* maps[kMaxLevels];  // (images, channels, height, width) in the given layout; written by backward
-  int heights[kMaxLevels], widths[kMaxLevels];
-  double scales[kMaxLevels];
-  int levels;
-  int64_t images, channels, rois;
-  int pooled_h, pooled_w, sampling_ratio;
-  bool aligned;
-  const void* boxes;          // (rois, 5), float, or double where dtype is f64
-  const int64_t* roi_levels;  // (rois,) or null: all on level 0
-  void* pooled;               // (rois, channels, pooled_h, pooled_w); read by backward
-  int multiprocessors;
-};
-
 void roi_align_forward(const RoiAlign& p, cudaStream_t stream);
 // Adds to maps, which must be zero filled.
 void roi_align_backward(const RoiAlign& p, bool deterministic, cudaStream_t stream);
+
+void roi_pool_forward(const RoiPool& p, cudaStream_t stream);
+void roi_pool_backward(const RoiPool& p, bool deterministic, cudaStream_t stream);
+void roi_crop_forward(const RoiCrop& p, cudaStream_t stream);
+void roi_crop_backward(const RoiCrop& p, bool deterministic, cudaStream_t stream);
+void ps_roi_pool_forward(const PsRoiPool& p, cudaStream_t stream);
+void ps_roi_pool_backward(const PsRoiPool& p, bool deterministic, cudaStream_t stream);
 
 struct ImageBatch {
   const uint8_t* pixels;

@@ -15,6 +15,24 @@ TORCH_LIBRARY(detectron, m) {
       "roi_align_backward(Tensor grad, Tensor rois, Tensor? levels, float[] scales, SymInt[] sizes,"
       " int sampling_ratio, bool aligned, bool channels_last) -> Tensor[]");
   m.def(
+      "roi_pool(Tensor[] features, Tensor rois, Tensor? levels, float[] scales, int pooled_h,"
+      " int pooled_w) -> (Tensor, Tensor)");
+  m.def(
+      "roi_pool_backward(Tensor grad, Tensor argmax, Tensor rois, Tensor? levels, float[] scales,"
+      " SymInt[] sizes, bool channels_last) -> Tensor[]");
+  m.def(
+      "roi_crop(Tensor[] features, Tensor rois, Tensor? levels, float[] scales, int pooled_h,"
+      " int pooled_w, bool max_pool) -> (Tensor, Tensor)");
+  m.def(
+      "roi_crop_backward(Tensor grad, Tensor choice, Tensor rois, Tensor? levels, float[] scales,"
+      " SymInt[] sizes, bool max_pool, bool channels_last) -> Tensor[]");
+  m.def(
+      "ps_roi_pool(Tensor[] features, Tensor rois, Tensor? levels, float[] scales, int grid_size)"
+      " -> Tensor");
+  m.def(
+      "ps_roi_pool_backward(Tensor grad, Tensor rois, Tensor? levels, float[] scales,"
+      " SymInt[] sizes, bool channels_last) -> Tensor[]");
+  m.def(
       "image_batch(Tensor pixels, Tensor meta, SymInt height, SymInt width, Tensor means) -> Tensor");
   m.def(
       "polygons_to_masks(Tensor coords, Tensor poly_offsets, Tensor object_offsets, Tensor rois,"
@@ -37,6 +55,12 @@ TORCH_LIBRARY_IMPL(detectron, CPU, m) {
   m.impl("batched_nms", &detectron::cpu::batched_nms);
   m.impl("roi_align", &detectron::cpu::roi_align);
   m.impl("roi_align_backward", &detectron::cpu::roi_align_backward);
+  m.impl("roi_pool", &detectron::cpu::roi_pool);
+  m.impl("roi_pool_backward", &detectron::cpu::roi_pool_backward);
+  m.impl("roi_crop", &detectron::cpu::roi_crop);
+  m.impl("roi_crop_backward", &detectron::cpu::roi_crop_backward);
+  m.impl("ps_roi_pool", &detectron::cpu::ps_roi_pool);
+  m.impl("ps_roi_pool_backward", &detectron::cpu::ps_roi_pool_backward);
   m.impl("image_batch", &detectron::cpu::image_batch);
   m.impl("polygons_to_masks", &detectron::cpu::polygons_to_masks);
   m.impl("batched_soft_nms", &detectron::cpu::batched_soft_nms);
@@ -51,6 +75,12 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
   m.impl("batched_nms", &detectron::cuda::batched_nms);
   m.impl("roi_align", &detectron::cuda::roi_align);
   m.impl("roi_align_backward", &detectron::cuda::roi_align_backward);
+  m.impl("roi_pool", &detectron::cuda::roi_pool);
+  m.impl("roi_pool_backward", &detectron::cuda::roi_pool_backward);
+  m.impl("roi_crop", &detectron::cuda::roi_crop);
+  m.impl("roi_crop_backward", &detectron::cuda::roi_crop_backward);
+  m.impl("ps_roi_pool", &detectron::cuda::ps_roi_pool);
+  m.impl("ps_roi_pool_backward", &detectron::cuda::ps_roi_pool_backward);
   m.impl("image_batch", &detectron::cuda::image_batch);
   m.impl("polygons_to_masks", &detectron::cuda::polygons_to_masks);
   m.impl("batched_soft_nms", &detectron::cuda::batched_soft_nms);
@@ -69,9 +99,10 @@ void built_without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
-  for (const char* name : {"nms", "batched_nms", "roi_align", "roi_align_backward", "image_batch",
-                           "polygons_to_masks", "batched_soft_nms", "box_voting", "paste_masks",
-                           "encode_masks"}) {
+  for (const char* name : {"nms", "batched_nms", "roi_align", "roi_align_backward", "roi_pool",
+                           "roi_pool_backward", "roi_crop", "roi_crop_backward", "ps_roi_pool",
+                           "ps_roi_pool_backward", "image_batch", "polygons_to_masks",
+                           "batched_soft_nms", "box_voting", "paste_masks", "encode_masks"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
   }
 }

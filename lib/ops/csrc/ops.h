@@ -24,6 +24,25 @@ using Scales = at::ArrayRef<double>;
   std::vector<Tensor> roi_align_backward(                                                        \
       const Tensor& grad, const Tensor& rois, const std::optional<Tensor>& levels,               \
       Scales scales, Sizes sizes, int64_t sampling_ratio, bool aligned, bool channels_last);     \
+  std::tuple<Tensor, Tensor> roi_pool(                                                           \
+      at::TensorList features, const Tensor& rois, const std::optional<Tensor>& levels,          \
+      Scales scales, int64_t pooled_h, int64_t pooled_w);                                        \
+  std::vector<Tensor> roi_pool_backward(                                                         \
+      const Tensor& grad, const Tensor& argmax, const Tensor& rois,                              \
+      const std::optional<Tensor>& levels, Scales scales, Sizes sizes, bool channels_last);      \
+  std::tuple<Tensor, Tensor> roi_crop(                                                           \
+      at::TensorList features, const Tensor& rois, const std::optional<Tensor>& levels,          \
+      Scales scales, int64_t pooled_h, int64_t pooled_w, bool max_pool);                         \
+  std::vector<Tensor> roi_crop_backward(                                                         \
+      const Tensor& grad, const Tensor& choice, const Tensor& rois,                              \
+      const std::optional<Tensor>& levels, Scales scales, Sizes sizes, bool max_pool,            \
+      bool channels_last);                                                                       \
+  Tensor ps_roi_pool(                                                                            \
+      at::TensorList features, const Tensor& rois, const std::optional<Tensor>& levels,          \
+      Scales scales, int64_t grid_size);                                                         \
+  std::vector<Tensor> ps_roi_pool_backward(                                                      \
+      const Tensor& grad, const Tensor& rois, const std::optional<Tensor>& levels,               \
+      Scales scales, Sizes sizes, bool channels_last);                                           \
   Tensor image_batch(                                                                            \
       const Tensor& pixels, const Tensor& meta, int64_t height, int64_t width,                   \
       const Tensor& means);                                                                      \

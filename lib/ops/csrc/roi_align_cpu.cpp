@@ -237,16 +237,12 @@ void backward(
   });
 }
 
-at::MemoryFormat format(bool channels_last) {
-  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
-
 }  // namespace
 
 Tensor roi_align(
     at::TensorList features, const Tensor& rois, const std::optional<Tensor>& levels, Scales scales,
     int64_t pooled_h, int64_t pooled_w, int64_t sampling_ratio, bool aligned) {
-  check_roi_align(features, rois, levels, scales, pooled_h, pooled_w);
+  check_roi_features("roi_align", features, rois, levels, scales, pooled_h, pooled_w);
   const bool channels_last = features_are_channels_last(features);
   const Tensor& first = features[0];
   const auto dtype = first.scalar_type();
@@ -256,13 +252,13 @@ Tensor roi_align(
   std::vector<Tensor> held;
   for (size_t l = 0; l < features.size(); ++l) {
     p.levels.push_back({features[l].size(2), features[l].size(3), scales[l]});
-    held.push_back(features[l].contiguous(format(channels_last)));
+    held.push_back(features[l].contiguous(memory_format(channels_last)));
   }
   const Tensor r = rois.to(compute).contiguous();
   const Tensor level_index = levels.has_value() ? levels->contiguous() : Tensor();
   if (level_index.defined()) p.roi_levels = level_index.const_data_ptr<int64_t>();
   Tensor out = at::empty(
-      {rois.size(0), p.channels, pooled_h, pooled_w}, first.options(), format(channels_last));
+      {rois.size(0), p.channels, pooled_h, pooled_w}, first.options(), memory_format(channels_last));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "roi_align", [&] {
     using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     std::vector<const scalar_t*> data;
@@ -276,7 +272,7 @@ Tensor roi_align(
 std::vector<Tensor> roi_align_backward(
     const Tensor& grad, const Tensor& rois, const std::optional<Tensor>& levels, Scales scales,
     Sizes sizes, int64_t sampling_ratio, bool aligned, bool channels_last) {
-  check_rois(rois, levels, scales.size(), grad);
+  check_rois("roi_align", rois, levels, scales.size(), grad);
   const auto dtype = grad.scalar_type();
   const auto compute = dtype == at::kDouble ? at::kDouble : at::kFloat;
   Problem p{{},      sizes[0],       sizes[1], grad.size(2), grad.size(3),
@@ -286,10 +282,10 @@ std::vector<Tensor> roi_align_backward(
     const int64_t height = sizes[2 + 2 * l], width = sizes[3 + 2 * l];
     p.levels.push_back({height, width, scales[l]});
     out.push_back(at::empty(
-        {p.images, p.channels, height, width}, grad.options().dtype(compute), format(channels_last)));
+        {p.images, p.channels, height, width}, grad.options().dtype(compute), memory_format(channels_last)));
     out.back().zero_();
   }
-  const Tensor g = grad.contiguous(format(channels_last));
+  const Tensor g = grad.contiguous(memory_format(channels_last));
   const Tensor r = rois.to(compute).contiguous();
   const Tensor level_index = levels.has_value() ? levels->contiguous() : Tensor();
   if (level_index.defined()) p.roi_levels = level_index.const_data_ptr<int64_t>();
