@@ -294,24 +294,34 @@ class Generalized_RCNN(nn.Module):
             blobs_in: maps (N, C, H, W), coarse to fine, or one map.
             rpn_ret: holds the RoIs (R, 5) under the name blob_rois; a negative batch index
                 marks an empty slot, whose features are 0.
+            method: RoIAlign, RoIPoolF or RoICrop (with cfg.CROP_RESIZE_WITH_MAX_POOL).
             spatial_scale: of each map, in their order.
+            sampling_ratio: of RoIAlign.
 
         Returns:
             (R, C, resolution, resolution), in the order of the RoIs.
+
+        Raises:
+            UserError: an unknown method.
         """
-        if method != "RoIAlign":
-            raise UserError(f"ROI_XFORM_METHOD {method!r} is not there yet: use 'RoIAlign'")
         rois = rpn_ret[blob_rois]
-        if isinstance(blobs_in, Tensor):
-            return ops.roi_align(blobs_in, rois, resolution, spatial_scale, sampling_ratio)
-        low, high = self.roi_levels
-        levels = fpn_utils.map_rois_to_fpn_levels(
-            rois[:, 1:], low, high, cfg.FPN.ROI_CANONICAL_SCALE, cfg.FPN.ROI_CANONICAL_LEVEL
-        )
-        # Index of the level's map: blobs_in runs from coarse to fine.
-        return ops.roi_align(
-            blobs_in, rois, resolution, spatial_scale, sampling_ratio, levels=high - levels
-        )
+        levels = None
+        if not isinstance(blobs_in, Tensor):
+            low, high = self.roi_levels
+            levels = fpn_utils.map_rois_to_fpn_levels(
+                rois[:, 1:], low, high, cfg.FPN.ROI_CANONICAL_SCALE, cfg.FPN.ROI_CANONICAL_LEVEL
+            )
+            levels = high - levels  # index of the level's map: blobs_in runs from coarse to fine
+        if method == "RoIAlign":
+            return ops.roi_align(
+                blobs_in, rois, resolution, spatial_scale, sampling_ratio, levels=levels
+            )
+        if method == "RoIPoolF":
+            return ops.roi_pool(blobs_in, rois, resolution, spatial_scale, levels)
+        if method == "RoICrop":
+            max_pool = cfg.CROP_RESIZE_WITH_MAX_POOL
+            return ops.roi_crop(blobs_in, rois, resolution, spatial_scale, levels, max_pool)
+        raise UserError(f"ROI_XFORM_METHOD {method!r} is not RoIAlign, RoIPoolF or RoICrop")
 
 
 def _refuse_unsupported() -> None:

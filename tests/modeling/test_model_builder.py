@@ -86,3 +86,44 @@ def test_what_is_not_there_is_refused_and_not_ignored(key, value, cfg):
     assert_and_infer_cfg()
     with pytest.raises(UserError, match=f"{key} {value} is not supported yet"):
         build()
+
+
+def pooled(method, crop_max_pool, shared):
+    """The level and the x coordinates that RoIs of four sizes are pooled from, coarse to fine."""
+    options = ["CROP_RESIZE_WITH_MAX_POOL", crop_max_pool]
+    golden_cfg("e2e_faster_rcnn_R-50-FPN_1x", shared, options)
+    maps = []
+    for level in (5, 4, 3, 2):
+        x = torch.arange(1024 >> level, dtype=torch.float32).expand(1024 >> level, -1) * 2**level
+        maps.append(torch.stack([torch.full_like(x, level), x])[None])
+    sides = torch.tensor([500.0, 240, 120, 40])
+    zeros = torch.zeros(4)
+    rois = torch.stack([zeros, zeros + 160, zeros + 160, 160 + sides, 160 + sides], dim=1)
+    scales = [1 / 32, 1 / 16, 1 / 8, 1 / 4]
+    out = build().roi_feature_transform(
+        maps, {"rois": rois}, method=method, resolution=4, spatial_scale=scales, sampling_ratio=2
+    )
+    return out[:, 0], out[:, 1, 0], sides
+
+
+@pytest.mark.parametrize("method", ["RoIAlign", "RoIPoolF", "RoICrop"])
+def test_every_method_pools_an_roi_from_the_level_of_its_size(method, shared, cfg):
+    levels, x, sides = pooled(method, True, shared)
+    assert torch.equal(levels, torch.tensor([5.0, 4, 3, 2]).view(4, 1, 1).expand(4, 4, 4))
+    stride = torch.tensor([32.0, 16, 8, 4]).view(4, 1)
+    low, high = 160 + sides[:, None] / 4 * torch.arange(4), sides[:, None] / 4
+    assert (x >= low - stride).all() and (x <= low + high + stride).all()
+
+
+def test_crops_have_the_max_pool_that_the_config_says(shared, cfg):
+    _, x, sides = pooled("RoICrop", False, shared)
+    thirds = torch.tensor([0, 1 / 3, 2 / 3, 1])
+    torch.testing.assert_close(x, 160 + sides[:, None] * thirds)
+    _, x, _ = pooled("RoICrop", True, shared)
+    sevenths = torch.tensor([1, 3, 5, 7]) / 7  # the second of each two of eight points
+    torch.testing.assert_close(x, 160 + sides[:, None] * sevenths)
+
+
+def test_an_unknown_pooling_method_is_named(shared, cfg):
+    with pytest.raises(UserError, match="ROI_XFORM_METHOD 'RoIPool' is not"):
+        pooled("RoIPool", True, shared)

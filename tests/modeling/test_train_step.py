@@ -143,8 +143,11 @@ def test_a_batch_without_objects_trains_on_background(build):
     total.backward()
 
 
-def test_learning_lowers_the_loss(build):
-    model = build()
+@pytest.mark.parametrize("method", ["RoIAlign", "RoIPoolF", "RoICrop"])
+@pytest.mark.parametrize("options", [{}, C4], ids=["FPN", "C4"])
+def test_learning_lowers_the_loss(options, method, build):
+    methods = {f"{head}.ROI_XFORM_METHOD": method for head in ("FAST_RCNN", "MRCNN")}
+    model = build(options | methods)
     batch = make_batch(objects=3)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     history = []
