@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections import Counter
 from pathlib import Path
 
 from matplotlib.backends.backend_pdf import PdfPages
@@ -20,7 +19,7 @@ from utils.device import pick_devices
 from utils.logging import setup_logging
 from utils.progress import Progress
 from utils.run_dir import make_folder
-from utils.vis import vis_one_image
+from utils.vis import picture_names, vis_one_image
 from utils.weights import atomic_write
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -68,15 +67,6 @@ def find_images(args: argparse.Namespace) -> list[Path]:
     return found
 
 
-def picture_names(images: list[Path], suffix: str) -> list[str]:
-    """A file name for each picture, different even if images share theirs."""
-    stems = Counter(image.stem for image in images)
-    return [
-        f"{image.stem}.{suffix}" if stems[image.stem] == 1 else f"{image.stem}_{i}.{suffix}"
-        for i, image in enumerate(images)
-    ]
-
-
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
@@ -92,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     model = initialize_model_from_cfg(args)
 
     folder = make_folder(args.output_dir)
-    names = picture_names(images, args.format)
+    names = picture_names(images, args.format, taken={MERGED})
     unreadable = []
     workers = min(cfg.DATA_LOADER.NUM_THREADS, len(images) - 1)
     with contextlib.ExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -87,6 +88,13 @@ def load_weights(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, 
     if args.load_detectron:
         load_detectron_weight(model, args.load_detectron, new_classes=True)
     if not args.load_ckpt:
+        random = not (args.load_detectron or cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS)
+        if random and cfg.RESNETS.FREEZE_AT > 0:
+            logging.getLogger(__name__).warning(
+                "no weights are loaded, yet RESNETS.FREEZE_AT %d keeps the first stages as they "
+                "are, random: set it to 0 to train them",
+                cfg.RESNETS.FREEZE_AT,
+            )
         return None
     checkpoint = net_utils.read_ckpt(args.load_ckpt)
     net_utils.load_ckpt(model, checkpoint, new_classes=not args.resume, source=args.load_ckpt)

@@ -27,7 +27,7 @@ from utils.detectron_weight_helper import load_detectron_weight
 from utils.net import load_ckpt
 from utils.progress import Progress
 from utils.run_dir import make_folder, plain
-from utils.vis import vis_one_image
+from utils.vis import picture_names, vis_one_image
 from utils.weights import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -158,6 +158,7 @@ def test_net(
     make_folder(file.parent)
 
     results = DatasetResults.empty(cfg.MODEL.NUM_CLASSES, len(roidb))
+    names = picture_names([entry["image"] for entry in roidb], "pdf")
     with Progress(len(roidb)) as progress:
         for found in detect_files(
             model,
@@ -170,11 +171,10 @@ def test_net(
                 raise found.error
             results.extend(found.index, found.cls_boxes, found.cls_segms, found.cls_keyps)
             if vis:
-                name = f"{Path(roidb[found.index]['image']).stem}.pdf"
                 make_folder(file.parent / "vis")
                 vis_one_image(
                     found.image,
-                    file.parent / "vis" / name,
+                    file.parent / "vis" / names[found.index],
                     found.cls_boxes,
                     found.cls_segms,
                     class_names=dataset.classes,

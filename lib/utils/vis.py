@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
@@ -26,6 +26,22 @@ from utils.weights import atomic_write
 
 # cv2's fixed-point coordinates: 4 binary places make edges smooth.
 SHIFT = 4
+
+
+def picture_names(
+    images: Sequence[str | Path], suffix: str, taken: Iterable[str] = ()
+) -> list[str]:
+    """A file name for each image's picture: its stem, numbered where that is taken."""
+    used, names = set(taken), []
+    for image in images:
+        stem, count = Path(image).stem, 0
+        name = f"{stem}.{suffix}"
+        while name in used:
+            count += 1
+            name = f"{stem}_{count}.{suffix}"
+        used.add(name)
+        names.append(name)
+    return names
 
 
 def convert_from_cls_format(

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.vis import convert_from_cls_format, draw, vis_one_image
+from utils.vis import convert_from_cls_format, draw, picture_names, vis_one_image
 from utils.vis_layout import class_colour, lay_out, text_colour
 
 NAMES = ("__background__", "person", "traffic light", "hot dog")
@@ -113,3 +113,9 @@ def test_a_picture_without_detections_is_the_image():
     image = np.random.default_rng(0).integers(0, 255, (400, 700, 3), dtype=np.uint8)
     layout = lay_out(image.shape, np.zeros((0, 5), np.float32), [], None, NAMES, 0.5)
     np.testing.assert_array_equal(draw(image, layout), image)
+
+
+def test_pictures_never_share_a_name():
+    images = ["a/1.jpg", "b/1.jpg", "1_1.jpg", "results.png"]
+    names = picture_names(images, "pdf", taken={"results.pdf"})
+    assert names == ["1.pdf", "1_1.pdf", "1_1_1.pdf", "results_1.pdf"]
