@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import nn as mynn
 from core.config import cfg
 from modeling.blobs import conv_norm_blobs
+from modeling.roi_head import RoIHead
 
 BLOCK_COUNTS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -103,7 +104,7 @@ class ResNetBody(nn.Module):
         return mapping, orphans
 
 
-class ResNet_roi_conv5_head(nn.Module):
+class ResNet_roi_conv5_head(RoIHead):
     """The res5 stage on pooled RoIs, average pooled: the box head of C4 models.
 
     `forward` returns (R, 2048); in training, where the mask head may share the stage, it returns
@@ -111,9 +112,7 @@ class ResNet_roi_conv5_head(nn.Module):
     """
 
     def __init__(self, dim_in: int, roi_xform_func: Callable, spatial_scale: float) -> None:
-        super().__init__()
-        self.roi_xform = roi_xform_func
-        self.spatial_scale = spatial_scale
+        super().__init__(roi_xform_func, spatial_scale, cfg.FAST_RCNN, "rois")
         self.res5 = roi_res5_stage(dim_in, cfg.FAST_RCNN.ROI_XFORM_RESOLUTION // 7)
         self.dim_out = 8 * cfg.RESNETS.RES2_OUT_CHANNELS
 
@@ -121,16 +120,7 @@ class ResNet_roi_conv5_head(nn.Module):
         return stage_blobs("res5", "res5", 3)
 
     def forward(self, x, rpn_ret):
-        x = self.roi_xform(
-            x,
-            rpn_ret,
-            blob_rois="rois",
-            method=cfg.FAST_RCNN.ROI_XFORM_METHOD,
-            resolution=cfg.FAST_RCNN.ROI_XFORM_RESOLUTION,
-            spatial_scale=self.spatial_scale,
-            sampling_ratio=cfg.FAST_RCNN.ROI_XFORM_SAMPLING_RATIO,
-        )
-        res5_feat = self.res5(x)
+        res5_feat = self.res5(self.pool(x, rpn_ret))
         pooled = F.avg_pool2d(res5_feat, 7).flatten(1)
         if cfg.MODEL.SHARE_RES5 and self.training:
             return pooled, res5_feat

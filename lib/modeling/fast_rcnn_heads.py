@@ -15,6 +15,7 @@ import nn as mynn
 from core.config import cfg
 from modeling.blobs import conv_norm_blobs, layer_blobs
 from modeling.ResNet import group_norm
+from modeling.roi_head import RoIHead
 
 
 class fast_rcnn_outputs(nn.Module):
@@ -80,31 +81,11 @@ def fast_rcnn_losses(
     )
 
 
-class _BoxHead(nn.Module):
-    """RoI pooling as FAST_RCNN.* asks, in front of a subclass's layers."""
-
-    def __init__(self, roi_xform_func, spatial_scale) -> None:
-        super().__init__()
-        self.roi_xform = roi_xform_func
-        self.spatial_scale = spatial_scale
-
-    def pool(self, x, rpn_ret) -> Tensor:
-        return self.roi_xform(
-            x,
-            rpn_ret,
-            blob_rois="rois",
-            method=cfg.FAST_RCNN.ROI_XFORM_METHOD,
-            resolution=cfg.FAST_RCNN.ROI_XFORM_RESOLUTION,
-            spatial_scale=self.spatial_scale,
-            sampling_ratio=cfg.FAST_RCNN.ROI_XFORM_SAMPLING_RATIO,
-        )
-
-
-class roi_2mlp_head(_BoxHead):
+class roi_2mlp_head(RoIHead):
     """Two fully connected layers with ReLU."""
 
     def __init__(self, dim_in: int, roi_xform_func, spatial_scale) -> None:
-        super().__init__(roi_xform_func, spatial_scale)
+        super().__init__(roi_xform_func, spatial_scale, cfg.FAST_RCNN, "rois")
         self.dim_out = cfg.FAST_RCNN.MLP_HEAD_DIM
         self.fc1 = _linear(dim_in * cfg.FAST_RCNN.ROI_XFORM_RESOLUTION**2, self.dim_out)
         self.fc2 = _linear(self.dim_out, self.dim_out)
@@ -118,13 +99,13 @@ class roi_2mlp_head(_BoxHead):
         return F.relu_(self.fc2(F.relu_(self.fc1(x))))
 
 
-class roi_Xconv1fc_head(_BoxHead):
+class roi_Xconv1fc_head(RoIHead):
     """NUM_STACKED_CONVS 3x3 convolutions and one fully connected layer, with ReLU."""
 
     use_gn = False
 
     def __init__(self, dim_in: int, roi_xform_func, spatial_scale) -> None:
-        super().__init__(roi_xform_func, spatial_scale)
+        super().__init__(roi_xform_func, spatial_scale, cfg.FAST_RCNN, "rois")
         hidden = cfg.FAST_RCNN.CONV_HEAD_DIM
         layers: list[nn.Module] = []
         for _ in range(cfg.FAST_RCNN.NUM_STACKED_CONVS):

@@ -14,6 +14,7 @@ import nn as mynn
 from core.config import cfg
 from modeling.blobs import layer_blobs
 from modeling.ResNet import roi_res5_stage, stage_blobs
+from modeling.roi_head import RoIHead
 
 
 class keypoint_outputs(nn.Module):
@@ -78,31 +79,11 @@ def keypoint_loss(
     return loss_weight * total / count
 
 
-class _KeypointHead(nn.Module):
-    """RoI pooling as KRCNN.* asks, in front of a subclass's layers."""
-
-    def __init__(self, roi_xform_func, spatial_scale) -> None:
-        super().__init__()
-        self.roi_xform = roi_xform_func
-        self.spatial_scale = spatial_scale
-
-    def pool(self, x, rpn_ret) -> Tensor:
-        return self.roi_xform(
-            x,
-            rpn_ret,
-            blob_rois="keypoint_rois",
-            method=cfg.KRCNN.ROI_XFORM_METHOD,
-            resolution=cfg.KRCNN.ROI_XFORM_RESOLUTION,
-            spatial_scale=self.spatial_scale,
-            sampling_ratio=cfg.KRCNN.ROI_XFORM_SAMPLING_RATIO,
-        )
-
-
-class roi_pose_head_v1convX(_KeypointHead):
+class roi_pose_head_v1convX(RoIHead):
     """NUM_STACKED_CONVS convolutions of CONV_HEAD_DIM channels, with ReLU."""
 
     def __init__(self, dim_in: int, roi_xform_func, spatial_scale) -> None:
-        super().__init__(roi_xform_func, spatial_scale)
+        super().__init__(roi_xform_func, spatial_scale, cfg.KRCNN, "keypoint_rois")
         self.dim_out = cfg.KRCNN.CONV_HEAD_DIM
         kernel = cfg.KRCNN.CONV_HEAD_KERNEL
         layers: list[nn.Module] = []
@@ -124,11 +105,11 @@ class roi_pose_head_v1convX(_KeypointHead):
         return self.conv_fcn(self.pool(x, rpn_ret))
 
 
-class ResNet_roi_conv5_head_for_keypoints(_KeypointHead):
+class ResNet_roi_conv5_head_for_keypoints(RoIHead):
     """A res5 stage of its own (C4 models)."""
 
     def __init__(self, dim_in: int, roi_xform_func, spatial_scale) -> None:
-        super().__init__(roi_xform_func, spatial_scale)
+        super().__init__(roi_xform_func, spatial_scale, cfg.KRCNN, "keypoint_rois")
         dilation = cfg.KRCNN.DILATION
         stride = 1 if dilation > 1 else cfg.KRCNN.ROI_XFORM_RESOLUTION // 7
         self.res5 = roi_res5_stage(dim_in, stride, dilation)

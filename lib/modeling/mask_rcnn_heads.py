@@ -15,6 +15,7 @@ import nn as mynn
 from core.config import cfg
 from modeling.blobs import conv_norm_blobs, layer_blobs
 from modeling.ResNet import group_norm, roi_res5_stage, stage_blobs
+from modeling.roi_head import RoIHead
 
 
 class mask_rcnn_outputs(nn.Module):
@@ -59,34 +60,14 @@ def mask_rcnn_loss(logits: Tensor, targets: Tensor, valid: Tensor, weight: float
     return weight * (per_pixel * used.view(-1, 1, 1)).sum() / pixels
 
 
-class _MaskHead(nn.Module):
-    """RoI pooling as MRCNN.* asks, in front of a subclass's layers."""
-
-    def __init__(self, roi_xform_func, spatial_scale) -> None:
-        super().__init__()
-        self.roi_xform = roi_xform_func
-        self.spatial_scale = spatial_scale
-
-    def pool(self, x, rpn_ret) -> Tensor:
-        return self.roi_xform(
-            x,
-            rpn_ret,
-            blob_rois="mask_rois",
-            method=cfg.MRCNN.ROI_XFORM_METHOD,
-            resolution=cfg.MRCNN.ROI_XFORM_RESOLUTION,
-            spatial_scale=self.spatial_scale,
-            sampling_ratio=cfg.MRCNN.ROI_XFORM_SAMPLING_RATIO,
-        )
-
-
-class mask_rcnn_fcn_head_v1upXconvs(_MaskHead):
+class mask_rcnn_fcn_head_v1upXconvs(RoIHead):
     """`num_convs` 3x3 convolutions and a 2x2 deconvolution with stride 2, all with ReLU."""
 
     num_convs: int
     use_gn = False
 
     def __init__(self, dim_in: int, roi_xform_func, spatial_scale) -> None:
-        super().__init__(roi_xform_func, spatial_scale)
+        super().__init__(roi_xform_func, spatial_scale, cfg.MRCNN, "mask_rois")
         self.dim_out = cfg.MRCNN.DIM_REDUCED
         fill = mynn.init.conv_fill(cfg.MRCNN.CONV_INIT, 0.001)
         # The GN head pads by the dilation but does not dilate, as Detectron's.
@@ -141,11 +122,11 @@ class mask_rcnn_fcn_head_v1up4convs_gn(mask_rcnn_fcn_head_v1upXconvs):
     use_gn = True
 
 
-class _Res5MaskHead(_MaskHead):
+class _Res5MaskHead(RoIHead):
     """A res5 stage and a 2x2 deconvolution with stride 2 (C4 models)."""
 
     def __init__(self, dim_in: int, roi_xform_func, spatial_scale, conv_init: str) -> None:
-        super().__init__(roi_xform_func, spatial_scale)
+        super().__init__(roi_xform_func, spatial_scale, cfg.MRCNN, "mask_rois")
         self.dim_out = cfg.MRCNN.DIM_REDUCED
         dilation = cfg.MRCNN.DILATION
         # The stage halves 14x14 RoIs unless dilation stands in for the stride.
