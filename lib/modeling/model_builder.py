@@ -15,6 +15,7 @@ import utils.fpn as fpn_utils
 from core.config import cfg
 from core.errors import UserError
 from modeling import fast_rcnn_heads, keypoint_rcnn_heads, mask_rcnn_heads, rpn_heads
+from modeling.generate_proposals import Proposals
 from roi_data.fast_rcnn import RoIPool, SampledRoIs, roi_pool_of, sample_rois
 from roi_data.keypoint_rcnn import keypoint_targets
 from roi_data.mask_rcnn import GroundTruthMasks, mask_targets
@@ -42,12 +43,14 @@ def get_func(name: str) -> Callable:
 
 
 class Generalized_RCNN(nn.Module):
-    """Faster, Mask and Keypoint R-CNN, with or without a feature pyramid, as the config says.
+    """Faster, Mask and Keypoint R-CNN or an RPN alone, with or without a feature pyramid, as the
+    config says.
 
     Train mode: `model(**batch)` for a batch of `roi_data.loader` returns `{'losses': {...},
     'metrics': {...}}`, all scalars on the model's device; the forward does not wait for the
     device. Eval mode: `model(data, im_info)` returns `rois` (R, 5) in network-input pixels,
-    `cls_score` (R, C) probabilities, `bbox_pred` (R, 4C) deltas and `blob_conv`.
+    `cls_score` (R, C) probabilities, `bbox_pred` (R, 4C) deltas and `blob_conv`; with
+    MODEL.RPN_ONLY `rois` and `rpn_roi_probs` (R,). `propose()` gives the proposals by image.
 
     Raises:
         UserError: the config asks for what is not there, or ImageNet weights are missing.
@@ -66,11 +69,25 @@ class Generalized_RCNN(nn.Module):
         self.rpn_maps = self.roi_maps = slice(None)
         if cfg.FPN.FPN_ON:
             finest = self.Conv_Body.min_level
-            self.roi_levels = (cfg.FPN.ROI_MIN_LEVEL, cfg.FPN.ROI_MAX_LEVEL)
-            self.roi_maps = slice(self.roi_levels[0] - finest, self.roi_levels[1] - finest + 1)
             self.rpn_maps = slice(
                 cfg.FPN.RPN_MIN_LEVEL - finest, cfg.FPN.RPN_MAX_LEVEL - finest + 1
             )
+        if not cfg.MODEL.RPN_ONLY:
+            self._add_roi_heads(dim_in, scale)
+        if cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS:
+            from utils.resnet_weights_helper import load_pretrained_imagenet_weights
+
+            load_pretrained_imagenet_weights(self)
+        if cfg.TRAIN.FREEZE_CONV_BODY:
+            for parameter in self.Conv_Body.parameters():
+                parameter.requires_grad = False
+
+    def _add_roi_heads(self, dim_in: int, scale: list[float] | float) -> None:
+        """Heads on RoIs pooled from maps of dim_in channels; scale is each map's, coarse to fine."""
+        if cfg.FPN.FPN_ON:
+            finest = self.Conv_Body.min_level
+            self.roi_levels = (cfg.FPN.ROI_MIN_LEVEL, cfg.FPN.ROI_MAX_LEVEL)
+            self.roi_maps = slice(self.roi_levels[0] - finest, self.roi_levels[1] - finest + 1)
             scale = scale[::-1][self.roi_maps][::-1]
         self.Box_Head = get_func(cfg.FAST_RCNN.ROI_BOX_HEAD)(
             dim_in, self.roi_feature_transform, scale
@@ -88,13 +105,6 @@ class Generalized_RCNN(nn.Module):
                 dim_in, self.roi_feature_transform, scale
             )
             self.Keypoint_Outs = keypoint_rcnn_heads.keypoint_outputs(self.Keypoint_Head.dim_out)
-        if cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS:
-            from utils.resnet_weights_helper import load_pretrained_imagenet_weights
-
-            load_pretrained_imagenet_weights(self)
-        if cfg.TRAIN.FREEZE_CONV_BODY:
-            for parameter in self.Conv_Body.parameters():
-                parameter.requires_grad = False
 
     @property
     def detectron_weight_mapping(self) -> tuple[dict[str, str | None], list[str]]:
@@ -114,10 +124,11 @@ class Generalized_RCNN(nn.Module):
 
     def _forward_test(self, data: Tensor, im_info: Tensor) -> dict:
         features = self._features(data)
-        logits, deltas = self.RPN.predict(features[self.rpn_maps])
-        proposals = self.RPN.propose(logits, deltas, im_info)
+        proposals = self._proposals(features, im_info)
         rois = _as_rois(proposals.boxes, proposals.valid)
         rois = rois[proposals.valid.flatten()]
+        if cfg.MODEL.RPN_ONLY:
+            return {"rois": rois, "rpn_roi_probs": proposals.scores[proposals.valid]}
         blob_conv = self._roi_maps(features)
         cls_score, bbox_pred = self.Box_Outs(self.Box_Head(blob_conv, {"rois": rois}))
         return {
@@ -158,6 +169,8 @@ class Generalized_RCNN(nn.Module):
             straddle_thresh=cfg.TRAIN.RPN_STRADDLE_THRESH,
         )
         losses = self.RPN.losses(logits, deltas, targets)
+        if cfg.MODEL.RPN_ONLY:
+            return {"losses": losses, "metrics": {}}
         proposals = self.RPN.propose(logits, deltas, im_info)
         # Matching is done in the original image's frame, pooling in the network's.
         pool = roi_pool_of(
@@ -252,6 +265,24 @@ class Generalized_RCNN(nn.Module):
             cfg.KRCNN.LOSS_WEIGHT,
         )
 
+    @torch.no_grad()
+    def propose(self, data: Tensor, im_info: Tensor) -> Proposals:
+        """Proposals of the RPN, image by image; what RPN_ONLY models are for.
+
+        Args:
+            data: (N, 3, H, W) float32, im_info: (N, 3), as utils.blob.prep_images gives them.
+
+        Returns:
+            boxes (N, K, 4) in network-input pixels, scores (N, K) float32, by descending score; an
+            image's unused slots have score -1 (`valid` tells). In eval mode K is at most
+            TEST.RPN_POST_NMS_TOP_N, levels being joined after their own NMS without a second one.
+        """
+        return self._proposals(self._features(data), im_info)
+
+    def _proposals(self, features: list[Tensor], im_info: Tensor) -> Proposals:
+        logits, deltas = self.RPN.predict(features[self.rpn_maps])
+        return self.RPN.propose(logits, deltas, im_info)
+
     def _features(self, data: Tensor) -> list[Tensor]:
         """Backbone maps, fine to coarse."""
         maps = self.Conv_Body(data)
@@ -328,12 +359,13 @@ def _refuse_unsupported() -> None:
     """Raise UserError for what a config can ask for and is not there, lest it be ignored."""
     needed: dict[str, tuple[Any, Any]] = {
         "RETINANET.RETINANET_ON": (cfg.RETINANET.RETINANET_ON, False),
-        "MODEL.RPN_ONLY": (cfg.MODEL.RPN_ONLY, False),
-        "MODEL.FASTER_RCNN": (cfg.MODEL.FASTER_RCNN, True),
         "FPN.EXTRA_CONV_LEVELS": (cfg.FPN.EXTRA_CONV_LEVELS, False),
     }
-    if cfg.FPN.FPN_ON:
+    if not cfg.MODEL.RPN_ONLY:
+        needed["MODEL.FASTER_RCNN"] = (cfg.MODEL.FASTER_RCNN, True)
+    if cfg.FPN.FPN_ON and not cfg.MODEL.RPN_ONLY:
         needed["FPN.MULTILEVEL_ROIS"] = (cfg.FPN.MULTILEVEL_ROIS, True)
+    if cfg.FPN.FPN_ON:
         needed["FPN.MULTILEVEL_RPN"] = (cfg.FPN.MULTILEVEL_RPN, True)
     if cfg.MODEL.MASK_ON:
         needed["MRCNN.USE_FC_OUTPUT"] = (cfg.MRCNN.USE_FC_OUTPUT, False)
