@@ -83,7 +83,7 @@ class Generalized_RCNN(nn.Module):
                 parameter.requires_grad = False
 
     def _add_roi_heads(self, dim_in: int, scale: list[float] | float) -> None:
-        """Heads on RoIs pooled from maps of dim_in channels; scale is each map's, coarse to fine."""
+        """Heads on RoIs pooled from maps of dim_in channels; scale: each map's, coarse to fine."""
         if cfg.FPN.FPN_ON:
             finest = self.Conv_Body.min_level
             self.roi_levels = (cfg.FPN.ROI_MIN_LEVEL, cfg.FPN.ROI_MAX_LEVEL)
