@@ -72,15 +72,14 @@ def choose_window(
 def crop_entry(entry: RoidbEntry, window: CropWindow) -> RoidbEntry:
     """The objects of an image as seen in a window of it; the entry itself is left as it is.
 
-    Boxes, polygons, RLE masks (decoded to uint8 arrays) and keypoints are shifted and cut;
-    objects whose box is outside the window disappear, and so do the masks of crowd regions, which
-    nothing uses.
+    Boxes, file proposals, polygons, RLE masks (decoded to uint8 arrays) and keypoints are shifted
+    and cut; objects and proposals that are outside the window disappear, and so do the masks of
+    crowd regions, which nothing uses.
     """
-    low, high = window.axis, window.axis + 2
-    boxes = entry["boxes"].copy()
-    boxes[:, [low, high]] = np.clip(boxes[:, [low, high]] - window.offset, 0, window.extent - 1)
-    kept = np.flatnonzero(boxes[:, high] > boxes[:, low])
-    cropped = dict(entry, boxes=boxes[kept])
+    boxes, kept = _crop_boxes(entry["boxes"], window)
+    cropped = dict(entry, boxes=boxes)
+    if "proposals" in entry:
+        cropped["proposals"], _ = _crop_boxes(entry["proposals"], window)
     for key in ("gt_classes", "is_crowd"):
         cropped[key] = entry[key][kept]
     cropped["segms"] = [
@@ -89,6 +88,15 @@ def crop_entry(entry: RoidbEntry, window: CropWindow) -> RoidbEntry:
     if "gt_keypoints" in entry:
         cropped["gt_keypoints"] = _crop_keypoints(entry["gt_keypoints"][kept], window)
     return cropped
+
+
+def _crop_boxes(boxes: np.ndarray, window: CropWindow) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes (n, 4) that reach into the window, as seen in it, and which of all they are."""
+    low, high = window.axis, window.axis + 2
+    boxes = boxes.copy()
+    boxes[:, [low, high]] = np.clip(boxes[:, [low, high]] - window.offset, 0, window.extent - 1)
+    kept = np.flatnonzero(boxes[:, high] > boxes[:, low])
+    return boxes[kept], kept
 
 
 def _crop_segm(segm: list | dict, window: CropWindow) -> list | np.ndarray:

@@ -22,7 +22,7 @@ from roi_data.crop import X, choose_window, crop_entry
 from utils.image import read_image
 from utils.packed_roidb import RoidbEntry
 
-_MIN_SLOTS = 8  # ground-truth slots an image; more are added in powers of two
+_MIN_SLOTS = 8  # for ground truth or proposals of an image; more are added in powers of two
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,9 @@ def pack_minibatch(samples: Sequence[Sample], options: MinibatchOptions) -> dict
     gt_crowd        bool (N, G)
     gt_keypoints    float32 (N, G, K, 3)  x, y, visibility; only for keypoint models
     image_ids       list (N)
+    and, with file proposals, P slots of them an image
+    proposals       float32 (N, P, 4)  as gt_boxes
+    proposals_valid bool (N, P)        False = unused slot
     and, for mask models, what _pack_masks describes.
     """
     sizes = [sample.out_hw for sample in samples]
@@ -109,8 +112,7 @@ def pack_minibatch(samples: Sequence[Sample], options: MinibatchOptions) -> dict
         )
         for offset, s in zip(offsets, samples, strict=False)
     ]
-    most = max(len(sample.entry["boxes"]) for sample in samples)
-    slots = max(_MIN_SLOTS, 1 << max(most - 1, 0).bit_length())
+    slots = _slots(samples, "boxes")
     batch = {
         "data": torch.from_numpy(np.concatenate([s.image.reshape(-1) for s in samples])),
         "im_meta": torch.tensor(meta, dtype=torch.float64),
@@ -121,6 +123,11 @@ def pack_minibatch(samples: Sequence[Sample], options: MinibatchOptions) -> dict
         "gt_crowd": _padded(samples, "is_crowd", slots, torch.bool),
         "image_ids": [sample.entry["id"] for sample in samples],
     }
+    if any("proposals" in sample.entry for sample in samples):
+        places = _slots(samples, "proposals")
+        counts = torch.tensor([[len(sample.entry["proposals"])] for sample in samples])
+        batch["proposals"] = _padded(samples, "proposals", places, torch.float32)
+        batch["proposals_valid"] = torch.arange(places) < counts
     if options.masks:
         batch.update(_pack_masks(samples, slots))
     if options.keypoints:
@@ -128,6 +135,13 @@ def pack_minibatch(samples: Sequence[Sample], options: MinibatchOptions) -> dict
         points = _padded(samples, "gt_keypoints", slots, torch.float32)
         batch["gt_keypoints"] = points.transpose(2, 3).contiguous()
     return batch
+
+
+def _slots(samples: Sequence[Sample], key: str) -> int:
+    """Places for the per-object arrays `key` of each image: a power of two, so that batches come
+    in few shapes."""
+    most = max(len(sample.entry[key]) for sample in samples)
+    return max(_MIN_SLOTS, 1 << max(most - 1, 0).bit_length())
 
 
 def _padded(samples: Sequence[Sample], key: str, slots: int, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,8 @@ class PackedRoidb:
 
     The dict has a roidb entry's id, image, height, width, flipped, need_crop (if it was set),
     boxes, gt_classes, is_crowd, seg_areas, segms and (if all have them) gt_keypoints, of the
-    ground-truth objects only. Its arrays are views: not to be modified.
+    ground-truth objects only; and, if the roidb has file proposals, `proposals` float32 (P, 4):
+    those that the crowd filter left. Its arrays are views: not to be modified.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
@@ -43,6 +44,8 @@ class PackedRoidb:
                 rows = [entry[key][:n] for entry, n in zip(roidb, counts, strict=True)]
                 arrays[key] = np.concatenate(rows)
         arrays.update(_pack_segms([segm for entry in roidb for segm in entry["segms"]]))
+        if any(len(entry["boxes"]) > n for entry, n in zip(roidb, counts, strict=True)):
+            arrays.update(_pack_proposals(roidb, counts))
         records = ([entry.get(field) for field in _FIELDS] for entry in roidb)
         arrays["records"], arrays["record_ends"] = _pack_json(records)
         return cls(arrays)
@@ -60,6 +63,9 @@ class PackedRoidb:
             if key in self.arrays:
                 entry[key] = self.arrays[key][begin:end]
         entry["segms"] = self._segms(begin, end)
+        if "proposals" in self.arrays:
+            begin, end = _span(self.arrays["proposal_ends"], index)
+            entry["proposals"] = self.arrays["proposals"][begin:end]
         return entry
 
     def _segms(self, begin: int, end: int) -> list[list | dict]:
@@ -91,6 +97,16 @@ def _span(ends: np.ndarray, index: int) -> tuple[int, int]:
         int(ends[index - 1]) if index else 0,
         int(ends[min(index, len(ends) - 1)]) if len(ends) else 0,
     )
+
+
+def _pack_proposals(roidb: Sequence[RoidbEntry], counts: Sequence[int]) -> dict[str, np.ndarray]:
+    """What comes after the `counts` objects of each entry, back to back, and the end of each."""
+    rows = []
+    for entry, n in zip(roidb, counts, strict=True):
+        # Overlap -1: within a crowd, neither foreground nor background, so never drawn.
+        rows.append(entry["boxes"][n:][entry["max_overlaps"][n:] >= 0])
+    ends = np.cumsum([len(boxes) for boxes in rows], dtype=np.int64)
+    return {"proposals": np.concatenate(rows), "proposal_ends": ends}
 
 
 def _pack_segms(segms: Sequence[list | dict]) -> dict[str, np.ndarray]:

@@ -161,6 +161,32 @@ def object_polygons(batch, image, slot) -> list[list[float]]:
     return [coords[offsets[p] : offsets[p + 1]].reshape(-1).tolist() for p in range(begin, end)]
 
 
+def with_proposals(entry, boxes):
+    return dict(entry, proposals=np.array(boxes, dtype=np.float32).reshape(-1, 4))
+
+
+def test_proposals_are_padded_to_a_power_of_two(tiny_roidb):
+    rows = [[i, i, i + 20, i + 30] for i in range(11)]
+    roidb = [with_proposals(tiny_roidb[0], rows), with_proposals(tiny_roidb[1], [])]
+    batch = pack(roidb, [0, 1], options())
+    assert batch["proposals"].shape == (2, 16, 4)
+    assert batch["proposals_valid"].sum(dim=1).tolist() == [11, 0]
+    # as in the file: in original-image pixels
+    assert batch["proposals"][0][batch["proposals_valid"][0]].tolist() == rows
+    assert "proposals" not in pack(tiny_roidb, [0, 1], options())
+
+
+def test_proposals_move_with_the_crop(tiny_roidb):
+    entry = with_proposals(
+        wide_entry(tiny_roidb), [[0, 5, 9, 40], [40, 5, 49, 40], [80, 5, 89, 40]]
+    )
+    opts = options(scales=(60,), max_size=600)
+    for seed in range(6):
+        cropped = get_sample(entry, 0.8, seed, opts).entry
+        np.testing.assert_array_equal(cropped["proposals"], cropped["boxes"])
+        assert 1 <= len(cropped["proposals"]) < 3
+
+
 def test_polygons_are_packed_by_object(tiny_roidb):
     batch = pack(tiny_roidb, (0, 1, 2), options())
     assert len(batch["gt_object_offsets"]) == 3 * 8 + 1
