@@ -144,24 +144,12 @@ def _model_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
             f"MRCNN.ROI_MASK_HEAD {cfg.MRCNN.ROI_MASK_HEAD} shares its res5 with the box head, "
             f"but FAST_RCNN.ROI_BOX_HEAD {cfg.FAST_RCNN.ROI_BOX_HEAD} has none"
         )
-    if cfg.TEST.PRECOMPUTED_PROPOSALS:
-        yield from _proposal_file_problems(cfg)
     needs_weights = model.LOAD_IMAGENET_PRETRAINED_WEIGHTS and "ResNet" in model.CONV_BODY
     if needs_weights and not cfg.RESNETS.IMAGENET_PRETRAINED_WEIGHTS:
         yield (
             "RESNETS.IMAGENET_PRETRAINED_WEIGHTS is empty; name the weights' file, or do without "
             "by MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS False"
         )
-
-
-def _proposal_file_problems(cfg: AttrDict) -> Iterator[str]:
-    for split in ("TRAIN", "TEST"):
-        datasets, files = cfg[split].DATASETS, cfg[split].PROPOSAL_FILES
-        if datasets and len(files) != len(datasets):
-            yield (
-                f"without an RPN (MODEL.FASTER_RCNN False) {split}.PROPOSAL_FILES must name one "
-                f"file for each of the {len(datasets)} {split}.DATASETS, not {len(files)}"
-            )
 
 
 def _norm_problems(cfg: AttrDict) -> Iterator[str]:

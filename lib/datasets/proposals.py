@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import pickle
+import logging
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,33 @@ import numpy as np
 from pycocotools import mask as mask_util
 
 import utils.boxes as box_utils
+from core.config import cfg
 from core.errors import UserError
 from datasets.entry import RoidbEntry, set_overlaps
+from utils.io import download
+from utils.weights import unpickle_data
+
+logger = logging.getLogger(__name__)
 
 _MIN_SIZE = 2  # proposals must be wider and higher than this, in image pixels
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Loads plain data and numpy arrays only: a proposal file must not be able to run code."""
+def proposal_files(split: str) -> tuple[str | None, ...]:
+    """The proposal file of each data set of cfg.TRAIN or cfg.TEST (`split`); None for each if the
+    model makes its own proposals.
 
-    _ALLOWED = {
-        ("_codecs", "encode"),
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "scalar"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds a {module}.{name}")
+    Raises UserError if there is not one file for each data set.
+    """
+    names, files = cfg[split].DATASETS, cfg[split].PROPOSAL_FILES
+    if not cfg.TEST.PRECOMPUTED_PROPOSALS:
+        return (None,) * len(names)
+    if len(files) != len(names):
+        raise UserError(
+            f"without an RPN (MODEL.FASTER_RCNN False) {split}.PROPOSAL_FILES must name one file "
+            f"for each of the data sets ({', '.join(names)}), not {len(files)}; set it, or write "
+            "`proposals: FILE` into the data set's YAML file"
+        )
+    return tuple(files)
 
 
 def load_proposals(
@@ -43,11 +47,13 @@ def load_proposals(
     """Proposals of each image of a roidb: float32 (R, 4) xyxy in image pixels.
 
     The file is a pickled dict of per-image lists `boxes`, `scores` and `ids` (or `indexes`), in
-    any order of images. Boxes are clipped to their image, and those that repeat an earlier one
-    after rounding or are at most 2 pixels wide or high are left out; limit > 0 keeps the first
-    ones. Raises UserError naming the file if it is missing, damaged, or lacks an image.
+    any order of images; it may hold more images. A URL is fetched into DATA_DIR/proposals first.
+    Boxes are clipped to their image, and those that repeat an earlier one after rounding or are
+    at most 2 pixels wide or high are left out; limit > 0 keeps the first ones.
+    Raises UserError naming the file if it is missing, damaged, or lacks an image.
     """
-    data = _read(Path(path))
+    path = _local(str(path))
+    data = read_proposal_file(path)
     positions = {image_id: i for i, image_id in enumerate(data["ids"])}
     missing = [entry["id"] for entry in roidb if entry["id"] not in positions]
     if missing:
@@ -57,29 +63,74 @@ def load_proposals(
         )
     proposals = []
     for entry in roidb:
-        boxes = np.asarray(data["boxes"][positions[entry["id"]]], dtype=np.float32).reshape(-1, 4)
+        boxes = _boxes_of_image(data["boxes"][positions[entry["id"]]], entry["id"], path)
         boxes = box_utils.clip_boxes_to_image(boxes, entry["height"], entry["width"])
         boxes = boxes[box_utils.unique_boxes(boxes)]
         boxes = boxes[box_utils.filter_small_boxes(boxes, _MIN_SIZE)]
         proposals.append(boxes[:limit] if limit > 0 else boxes)
+    logger.info("Loaded %d proposals from %s", sum(map(len, proposals)), path)
     return proposals
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_proposal_file(path: str | Path) -> dict[str, Any]:
+    """`boxes`, `scores` and `ids` of a proposal file, lists of equal length; it can not run code.
+
+    Raises UserError naming the file if it is missing, damaged, or another kind of file.
+    """
     try:
-        data = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        with open(path, "rb") as file:
+            data = unpickle_data(file)
     except OSError as error:
-        raise UserError(f"proposal file {path} cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"proposal file {path} cannot be read ({error.strerror}); correct the path in "
+            "PROPOSAL_FILES or make the file by testing an RPN (MODEL.RPN_ONLY)"
+        ) from error
     except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"proposal file {path} is not a file of proposals ({error})") from error
-    if isinstance(data, dict) and "indexes" in data:
-        data["ids"] = data["indexes"]
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"proposal file {path} is not a file of proposals ({reason})") from error
+    if isinstance(data, dict) and "ids" not in data and "indexes" in data:
+        data["ids"] = data["indexes"]  # selective search, as Detectron converts it
     lists = ("boxes", "scores", "ids")
     if not isinstance(data, dict) or any(key not in data for key in lists):
         raise UserError(f"proposal file {path} is not a dict with 'boxes', 'scores' and 'ids'")
+    for key in lists:
+        if not isinstance(data[key], (list, tuple, np.ndarray)):
+            raise UserError(
+                f"proposal file {path}: its {key!r} is not a list with an entry an image"
+            )
     if len({len(data[key]) for key in lists}) != 1:
         raise UserError(f"proposal file {path}: its lists differ in length; make it anew")
+    data["ids"] = [i.item() if isinstance(i, np.generic) else i for i in data["ids"]]
+    if not all(isinstance(i, (int, str)) for i in data["ids"]):
+        raise UserError(f"proposal file {path}: its 'ids' are not image ids (numbers or strings)")
     return data
+
+
+def _local(name: str) -> Path:
+    """The file that PROPOSAL_FILES names; one that is given by a URL is fetched once."""
+    if not name.startswith(("https://", "http://")):
+        return Path(name)
+    path = Path(cfg.DATA_DIR) / "proposals" / urllib.parse.urlparse(name).path.lstrip("/")
+    if ".." in path.parts:
+        raise UserError(f"PROPOSAL_FILES: {name} is not a URL of a file")
+    if not path.is_file():
+        download(name, path, read_proposal_file)
+    return path
+
+
+def _boxes_of_image(values: Any, image_id: int | str, path: Path) -> np.ndarray:
+    try:
+        boxes = np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError):
+        boxes = np.full(1, np.nan)
+    if boxes.size == 0:
+        return np.zeros((0, 4), dtype=np.float32)
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all():
+        raise UserError(
+            f"proposal file {path}: the boxes of image {image_id} are not rows of four numbers "
+            "x1, y1, x2, y2; make the file anew"
+        )
+    return boxes
 
 
 def add_proposals(

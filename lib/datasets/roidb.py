@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 def combined_roidb_for_training(
-    dataset_names: str | Sequence[str], proposal_files: str | Sequence[str] = ()
+    dataset_names: str | Sequence[str], proposal_files: str | Sequence[str | None] = ()
 ) -> tuple[list[RoidbEntry], np.ndarray, np.ndarray]:
     """Load and join the roidbs of one or more training sets.
 
     Each set contributes its images and then (TRAIN.USE_FLIPPED) their mirrored copies; images
     without anything to train on are dropped, which is logged with reasons.
-    proposal_files: precomputed proposals, one file per data set, or none at all.
+    proposal_files: precomputed proposals, one file (or None) per data set, or none at all.
 
     Returns (roidb, ratio_list, ratio_index): the last two as `rank_for_training` says.
     Raises UserError for missing or wrong files and if no image is left.

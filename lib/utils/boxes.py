@@ -186,8 +186,12 @@ def bbox_overlaps(boxes: Tensor, query_boxes: Tensor) -> Tensor:
 
 def unique_boxes(boxes: np.ndarray, scale: float = 1.0) -> np.ndarray:
     """Indices, ascending, of the first of each set of boxes equal after rint(boxes * scale)."""
-    _, index = np.unique(np.rint(np.asarray(boxes) * scale), axis=0, return_index=True)
-    return np.sort(index)
+    whole = np.rint(np.asarray(boxes) * scale)
+    # Stable, so that of equal rows the first comes first; several times faster than np.unique.
+    order = np.lexsort(whole.T)
+    is_new = np.ones(len(order), dtype=bool)
+    is_new[1:] = (whole[order[1:]] != whole[order[:-1]]).any(axis=1)
+    return np.sort(order[is_new])
 
 
 @_numpy_too

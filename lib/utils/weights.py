@@ -21,6 +21,7 @@ _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _BUILTINS = ("builtins", "__builtin__")
 _NUMPY_RECONSTRUCT = np.zeros(0).__reduce__()[0]
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPY_FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
@@ -37,6 +38,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _encode_latin1,
     **{(module, "_reconstruct"): _NUMPY_RECONSTRUCT for module in _MULTIARRAY},
     **{(module, "scalar"): _NUMPY_SCALAR for module in _MULTIARRAY},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _NUMPY_FROM_BUFFER for core in ("core", "_core")},
     **{
         (module, kind.__name__): kind
         for module in _BUILTINS
@@ -57,6 +59,15 @@ class _WeightUnpickler(pickle.Unpickler):
             ) from None
 
 
+def unpickle_data(file: BinaryIO) -> Any:
+    """A pickle of plain data and numpy arrays, written by python 2 or 3; it can not run code.
+
+    Raises:
+        pickle.UnpicklingError: it holds more than data. A damaged file may raise anything.
+    """
+    return _WeightUnpickler(file, encoding="latin1").load()
+
+
 def read_detectron_blobs(path: str | Path) -> dict[str, np.ndarray]:
     """The blobs of a Detectron `.pkl` (`{'blobs': ...}` or a bare dict), by name.
 
@@ -68,7 +79,7 @@ def read_detectron_blobs(path: str | Path) -> dict[str, np.ndarray]:
     path = _existing(path)
     try:
         with path.open("rb") as file:
-            content = _WeightUnpickler(file, encoding="latin1").load()
+            content = unpickle_data(file)
     # A damaged pickle can raise nearly anything.
     except Exception as error:
         raise UserError(_cannot_read(path, error, "Detectron .pkl weights")) from error

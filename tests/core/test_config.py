@@ -315,10 +315,6 @@ class TestChecks:
                 ["MRCNN.ROI_MASK_HEAD", "mask_rcnn_heads.mask_rcnn_fcn_head_v0upshare"],
                 "shares its res5 with the box head",
             ),
-            (
-                ["MODEL.FASTER_RCNN", False, "TRAIN.DATASETS", "('coco_2017_train',)"],
-                "TRAIN.PROPOSAL_FILES must name one file",
-            ),
         ],
     )
     def test_combination_that_cannot_work(self, cfg, options, message):

@@ -12,7 +12,6 @@ import datasets.json_dataset
 from core.errors import UserError
 from datasets.dataset_catalog import resolve_dataset
 from datasets.json_dataset import JsonDataset
-from datasets.proposals import add_proposals, load_proposals
 from datasets.roidb import (
     combined_roidb_for_training,
     extend_with_flipped_entries,
@@ -301,79 +300,3 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(cfg, tiny_dataset, tmp_p
 
 def test_packing_an_empty_roidb():
     assert len(PackedRoidb.pack([])) == 0
-
-
-# Precomputed proposals
-
-
-def proposal_file(tmp_path, boxes, ids=(4, 1, 2, 3), changes=None):
-    data = {"boxes": boxes, "scores": [np.ones(len(b)) for b in boxes], "ids": list(ids)}
-    path = tmp_path / "proposals.pkl"
-    path.write_bytes(pickle.dumps({**data, **(changes or {})}))
-    return path
-
-
-def test_proposals_are_appended_to_their_image(tiny_dataset, tmp_path):
-    of_image_1 = [
-        [10, 20, 39, 59],  # the cat
-        [10.2, 20.2, 39.3, 59.1],  # the same after rounding
-        [20, 20, 120, 59],  # reaches outside
-        [50, 3, 52, 20],  # 3 wide
-        [50, 3, 51, 20],  # 2 wide
-        [6, 62, 30, 70],  # inside the crowd
-    ]
-    empty = np.zeros((0, 4))
-    path = proposal_file(tmp_path, [empty, np.array(of_image_1), empty, empty])
-    plain = JsonDataset("tiny").get_roidb(gt=True, proposal_file=path)[0]
-    assert plain["boxes"][3:].tolist() == [
-        [10, 20, 39, 59],
-        [20, 20, 99, 59],
-        [50, 3, 52, 20],
-        [6, 62, 30, 70],
-    ]
-    assert plain["gt_classes"].tolist() == [1, 2, 1, 0, 0, 0, 0]
-    assert plain["box_to_gt_ind_map"].tolist() == [0, 1, 2, 0, 0, -1, 2]
-    overlap = 20 * 40 / (30 * 40 + 60 * 40)  # the cat has x 20 to 39 of the third proposal
-    inside = 25 * 9 / (90 * 15)
-    np.testing.assert_allclose(plain["max_overlaps"][3:], [1, overlap, 0, inside], rtol=1e-6)
-    assert plain["max_classes"].tolist()[3:] == [1, 1, 0, 1]
-    filtered = JsonDataset("tiny").get_roidb(True, path, crowd_filter_thresh=0.7)[0]
-    assert filtered["max_overlaps"].tolist()[-1] == -1
-
-
-def test_golden_crowd_filter(golden_data_dir, shared):
-    golden = np.load(shared / "golden/targets/crowd_filter_0.7.npz")
-    roidb, _, _ = combined_roidb_for_training("coco_2017_train")
-    rois = golden["in_rois"]
-    for i, index in enumerate(golden["roidb_idx"]):
-        entry = dict(roidb[index])
-        # Recorded from network input: 256 on the short side, at most 448 on the long one.
-        scale = np.float32(256 / min(entry["height"], entry["width"]))
-        proposals = rois[rois[:, 0] == i, 1:] / scale
-        count = len(golden[f"im{i}_boxes"]) - len(entry["boxes"])
-        assert len(proposals) == count
-        add_proposals([entry], [golden[f"im{i}_boxes"][-count:]], 0.7)
-        np.testing.assert_allclose(
-            entry["gt_overlaps"].toarray(), golden[f"im{i}_gt_overlaps"], atol=1e-6
-        )
-        for key in ("max_classes", "box_to_gt_ind_map"):
-            np.testing.assert_array_equal(entry[key], golden[f"im{i}_{key}"], err_msg=key)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"ids": [4, 1, 2]}, "its lists differ in length"),
-        ({"ids": [4, 1, 2, 9]}, "lacks 1 of 4 images .first: id 3"),
-        ({"boxes": print}, "is not a file of proposals .it holds a builtins.print"),
-    ],
-)
-def test_bad_proposal_files(tiny_dataset, tmp_path, changes, message):
-    path = proposal_file(tmp_path, [np.zeros((0, 4))] * 4, changes=changes)
-    with pytest.raises(UserError, match=message):
-        load_proposals(path, JsonDataset("tiny").get_roidb())
-
-
-def test_a_missing_proposal_file(tmp_path):
-    with pytest.raises(UserError, match=r"none\.pkl cannot be read"):
-        load_proposals(tmp_path / "none.pkl", [])
