@@ -83,3 +83,39 @@ def test_another_size_than_annotated(gradient, tmp_path):
     assert read_image(tmp_path / "a.png", (24, 36)).shape == (24, 36, 3)
     with pytest.raises(UserError, match=r"a\.png is 36 x 24 pixels but .* say 30 x 24"):
         read_image(tmp_path / "a.png", (24, 30))
+
+
+SAMPLINGS = sorted(key for key in vars(cv2) if key.startswith("IMWRITE_JPEG_SAMPLING_FACTOR_"))
+
+
+@pytest.mark.parametrize("progressive", [0, 1])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_every_kind_of_jpeg_has_opencvs_pixels(tmp_path, sampling, progressive):
+    path = str(tmp_path / "a.jpg")
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 17, 3), dtype=np.uint8)
+    pixels = cv2.resize(pixels, (133, 101), interpolation=cv2.INTER_CUBIC)
+    options = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, getattr(cv2, sampling)]
+    cv2.imwrite(path, pixels, [*options, cv2.IMWRITE_JPEG_PROGRESSIVE, progressive])
+    np.testing.assert_array_equal(read_image(path), cv2.imread(path))
+
+
+@pytest.mark.parametrize("missing", [1, 100])
+def test_a_file_cut_short_is_read_as_far_as_opencv_reads_it(gradient, tmp_path, missing):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.tile(gradient, (8, 8, 1))).save(path, quality=95)
+    path.write_bytes(path.read_bytes()[:-missing])
+    np.testing.assert_array_equal(read_image(path), cv2.imread(str(path)))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_an_image_is_decoded_into_given_memory(gradient, tmp_path, name):
+    Image.fromarray(gradient).save(tmp_path / name)
+    memory = np.zeros(2 * gradient.size, dtype=np.uint8)
+    out = memory[: gradient.size].reshape(gradient.shape)
+    image = read_image(tmp_path / name, (24, 36), out)
+    assert np.shares_memory(image, memory) and not memory[gradient.size :].any()
+    np.testing.assert_array_equal(out, cv2.imread(str(tmp_path / name)))
+    # An image that turns out larger than annotated does not run over the memory's end.
+    with pytest.raises(UserError, match="is 36 x 24 pixels but its annotations say 36 x 12"):
+        read_image(tmp_path / name, (12, 36), memory[: 12 * 36 * 3].reshape(12, 36, 3))
+    assert not memory[gradient.size :].any()
