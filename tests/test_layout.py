@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ["core", "datasets", "modeling", "roi_data", "utils", "nn", "ops"]  # highest first
 # May be imported by every room.
-FREE = {"core.config", "core.defaults", "core.errors", "core.attr_dict"}
+FREE = {"core.config", "core.config_yaml", "core.defaults", "core.errors", "core.attr_dict"}
 FILES = sorted((ROOT / "lib").rglob("*.py"))
 
 

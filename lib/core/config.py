@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import copy
 import difflib
+import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,12 @@ import yaml
 
 from core.attr_dict import AttrDict
 from core.config_checks import config_problems
+from core.config_yaml import load_yaml
 from core.defaults import DEFAULTS
+from core.detectron_config import translate
 from core.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Their default is an int, but any number makes sense.
 _REAL_KEYS = frozenset({"TRAIN.ASPECT_HI"})
@@ -46,21 +52,31 @@ def reset_cfg() -> None:
     cfg.freeze(False)
     cfg.clear()
     cfg.update(copy.deepcopy(DEFAULTS))
+    _log_once.cache_clear()
 
 
 def merge_cfg_from_file(path: str | Path) -> None:
-    """Merge a YAML file into `cfg`.
+    """Merge a YAML file, of this family or Detectron's own, into `cfg`.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or has a value of the wrong type.
         UnknownKeyError: it has a key that does not exist (also a KeyError).
     """
-    _merge(_read_yaml(path), source=f"{path}: ")
+    _apply(list(_changes(read_config(path), source=f"{path}: ")))
 
 
 def merge_cfg_from_cfg(other: Mapping[str, Any]) -> None:
     """Merge a nested mapping (e.g. another AttrDict) into `cfg`; errors as for a file."""
-    _merge(other, source="")
+    _apply(list(_changes(_translated(_flat(other), source="", whole=True), source="")))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """What a YAML file sets, in this family's words: full key -> value, not yet checked.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML.
+    """
+    return _translated(_flat(_read_yaml(path)), source=f"{path}: ", whole=True)
 
 
 def merge_cfg_from_list(options: Sequence[Any]) -> None:
@@ -76,10 +92,10 @@ def merge_cfg_from_list(options: Sequence[Any]) -> None:
         )
     changes = []
     for key, value in zip(options[::2], options[1::2], strict=True):
-        if key not in _known_keys():
-            raise UnknownOptionError(_unknown_key_message(key, source=""))
-        parent, name = _locate(key)
-        changes.append((parent, name, _coerce(_decode(value), parent[name], key, source="")))
+        try:
+            changes += _changes(_translated({key: value}, source="", whole=False), source="")
+        except UnknownKeyError as error:
+            raise UnknownOptionError(str(error)) from None
     _apply(changes)
 
 
@@ -110,7 +126,7 @@ def assert_and_infer_cfg(make_immutable: bool = True) -> None:
 
 def _read_yaml(path: str | Path) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = load_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -125,35 +141,63 @@ def _read_yaml(path: str | Path) -> Mapping[str, Any]:
     return content
 
 
-def _merge(new: Mapping[str, Any], source: str) -> None:
-    _apply(list(_changes(new, cfg, prefix="", source=source)))
-
-
 def _apply(changes: list[tuple[AttrDict, str, Any]]) -> None:
     # All values are checked before the first is set: a bad config changes nothing.
     for parent, name, value in changes:
         parent[name] = value
 
 
-def _changes(
-    new: Mapping[str, Any], old: AttrDict, prefix: str, source: str
-) -> Iterator[tuple[AttrDict, str, Any]]:
-    for name, value in new.items():
-        key = f"{prefix}{name}"
-        if name not in old:
-            raise UnknownKeyError(_unknown_key_message(key, source))
-        if isinstance(old[name], AttrDict) and isinstance(value, Mapping):
-            yield from _changes(value, old[name], f"{key}.", source)
+def _flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Full key -> value; an empty mapping is a value."""
+    values: dict[str, Any] = {}
+    for name, value in group.items():
+        if isinstance(value, Mapping) and value:
+            values.update(_flat(value, f"{prefix}{name}."))
         else:
-            yield old, name, _coerce(_decode(value), old[name], key, source)
+            values[f"{prefix}{name}"] = value
+    return values
 
 
-def _locate(key: str) -> tuple[AttrDict, str]:
+def _translated(values: Mapping[str, Any], source: str, whole: bool) -> dict[str, Any]:
+    """Detectron's keys and names in this family's words; each change is logged."""
+    translated, notes = translate(values, lambda key: _find(key) is not None, whole=whole)
+    for note in notes:
+        _log_once(f"{source}{note}")
+    return translated
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info("%s", message)
+
+
+def _changes(values: Mapping[str, Any], source: str) -> Iterator[tuple[AttrDict, str, Any]]:
+    for key, value in values.items():
+        place = _find(key)
+        if place is None:
+            raise UnknownKeyError(_unknown_key_message(_first_unknown(key), source))
+        parent, name = place
+        is_nothing = isinstance(parent[name], AttrDict) and value == {}
+        if not is_nothing:
+            yield parent, name, _coerce(_decode(value), parent[name], key, source)
+
+
+def _find(key: str) -> tuple[AttrDict, str] | None:
+    """The group that holds a full key and its last part; None if there is no such key."""
     *groups, name = key.split(".")
-    parent = cfg
+    parent: Any = cfg
     for group in groups:
-        parent = parent[group]
-    return parent, name
+        parent = parent.get(group)
+        if not isinstance(parent, AttrDict):
+            return None
+    return (parent, name) if name in parent else None
+
+
+def _first_unknown(key: str) -> str:
+    """`FOO` of `FOO.BAR` where there is no group FOO."""
+    parts = key.split(".")
+    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return next(prefix for prefix in prefixes if _find(prefix) is None)
 
 
 def _decode(value: Any) -> Any:

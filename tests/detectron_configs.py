@@ -1,0 +1,45 @@
+"""Detectron's 87 published configs, from the reference tables, and their files here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+# Detectron's folders and this family's.
+FOLDERS = {
+    "12_2017_baselines": "baselines",
+    "04_2018_gn_baselines": "gn_baselines",
+    "getting_started": "getting_started",
+    "test_time_aug": "test_time_aug",
+}
+# Configs for test-time augmentation have the names of others, so the tables put this before them.
+TTA = "test_time_aug__"
+
+
+def table_stems() -> list[str]:
+    """Names of all 87; none where there is no reference data."""
+    path = ROOT.parent / "shared/spec/config_table.json"
+    return sorted(json.loads(path.read_text())) if path.is_file() else []
+
+
+def detectron_yaml(table: dict[str, Any]) -> str:
+    """The file as Detectron has it, from an entry of `spec/config_table.json`."""
+    nested: dict[str, Any] = {}
+    for key, value in table.items():
+        if key.startswith("_") or key.endswith(".file"):
+            continue
+        *groups, name = key.split(".")
+        parent = nested
+        for group in groups:
+            parent = parent.setdefault(group, {})
+        parent[name] = value
+    return yaml.safe_dump(nested)
+
+
+def family_config(stem: str, table: dict[str, Any]) -> Path:
+    """This family's file of the same model and schedule."""
+    return ROOT / "configs" / FOLDERS[table["_dir"]] / f"{stem.removeprefix(TTA)}.yaml"
