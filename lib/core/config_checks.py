@@ -121,6 +121,10 @@ def _pyramid_problems(cfg: AttrDict) -> Iterator[str]:
     for low, high in (("ROI_MIN_LEVEL", "ROI_MAX_LEVEL"), ("RPN_MIN_LEVEL", "RPN_MAX_LEVEL")):
         if fpn[low] > fpn[high]:
             yield f"FPN.{low} ({fpn[low]}) must not exceed FPN.{high} ({fpn[high]})"
+        if fpn.FPN_ON and not 2 <= fpn[low] <= 5:
+            yield f"FPN.{low} is {fpn[low]} but must be a level of the backbone, 2 to 5"
+        if fpn.FPN_ON and fpn[high] > 6 and not fpn.EXTRA_CONV_LEVELS:
+            yield f"FPN.{high} {fpn[high]} needs FPN.EXTRA_CONV_LEVELS True: else 6 is the highest"
 
 
 def _model_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:

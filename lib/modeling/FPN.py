@@ -39,8 +39,9 @@ def get_min_max_levels() -> tuple[int, int]:
 class fpn(nn.Module):
     """Top-down pyramid with lateral connections (Lin et al. 2017).
 
-    `forward` maps images (N, 3, H, W) to a list of (N, FPN.DIM, H / s, W / s), coarse to fine;
-    with a level 6 its first entry is P5 subsampled by 2.
+    `forward` maps images (N, 3, H, W) to a list of (N, FPN.DIM, H / s, W / s), coarse to fine.
+    P6 is P5 subsampled by 2. With EXTRA_CONV_LEVELS (RetinaNet, section 4) the levels above P5 are
+    convolutions with stride 2 instead: P6 of C5, P7 of the rectified P6, and so on.
 
     Attributes:
         dim_out: channels of every level.
@@ -61,6 +62,10 @@ class fpn(nn.Module):
         self.posthoc_modules = nn.ModuleList(
             _conv_norm(self.dim_out, self.dim_out, 3) for _ in dims
         )
+        extra_levels = self.max_level - HIGHEST_BACKBONE_LVL if cfg.FPN.EXTRA_CONV_LEVELS else 0
+        self.extra_pyramid_modules = nn.ModuleList(
+            _extra_conv(self.dim_out if i else dims[0], self.dim_out) for i in range(extra_levels)
+        )
         # Last, as in the family's checkpoints: optimizer states go by the order of parameters.
         self.conv_body = conv_body
         self.spatial_scale = [1.0 / 2**k for k in range(self.max_level, self.min_level - 1, -1)]
@@ -72,7 +77,9 @@ class fpn(nn.Module):
         for module, lateral in zip(self.topdown_lateral_modules, stages[1:], strict=False):
             inner.append(module(inner[-1], lateral))
         out = [module(x) for module, x in zip(self.posthoc_modules, inner, strict=True)]
-        if self.max_level == HIGHEST_BACKBONE_LVL + 1:
+        for i, conv in enumerate(self.extra_pyramid_modules):
+            out.insert(0, conv(F.relu(out[0]) if i else stages[0]))
+        if self.max_level > HIGHEST_BACKBONE_LVL and not self.extra_pyramid_modules:
             out.insert(0, F.max_pool2d(out[0], kernel_size=1, stride=2))
         return out[-len(self.spatial_scale) :]  # levels above the coarsest in use go unused
 
@@ -88,6 +95,9 @@ class fpn(nn.Module):
             mapping |= _module_blobs(lateral, f"fpn_inner_{sums[i + 1]}_lateral")
         for i in range(len(self.posthoc_modules)):
             mapping |= _module_blobs(f"posthoc_modules.{i}", f"fpn_{sums[i]}")
+        for i in range(len(self.extra_pyramid_modules)):
+            blob = f"fpn_{HIGHEST_BACKBONE_LVL + 1 + i}"
+            mapping |= layer_blobs(f"extra_pyramid_modules.{i}", blob)
         return mapping, orphans
 
 
@@ -110,6 +120,14 @@ def _conv_norm(dim_in: int, dim_out: int, kernel: int) -> nn.Module:
     mynn.init.XavierFill(conv.weight.data)
     if cfg.FPN.USE_GN:
         return nn.Sequential(conv, ResNet.group_norm(dim_out))
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _extra_conv(dim_in: int, dim_out: int) -> nn.Conv2d:
+    """Of a level above P5; it never has group normalisation."""
+    conv = nn.Conv2d(dim_in, dim_out, 3, stride=2, padding=1)
+    mynn.init.XavierFill(conv.weight.data)
     nn.init.zeros_(conv.bias)
     return conv
 

@@ -71,11 +71,6 @@ def test_an_unknown_head_is_named(name, shared, cfg):
     ("key", "value"),
     [
         ("MODEL.FASTER_RCNN", False),
-        ("FPN.EXTRA_CONV_LEVELS", True),
-        ("FPN.MULTILEVEL_ROIS", False),
-        ("FPN.MULTILEVEL_RPN", False),
-        ("MRCNN.USE_FC_OUTPUT", True),
-        ("MRCNN.UPSAMPLE_RATIO", 2),
     ],
 )
 def test_what_is_not_there_is_refused_and_not_ignored(key, value, cfg):
