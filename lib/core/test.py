@@ -15,24 +15,69 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import utils.blob as blob_utils
-import utils.boxes as box_utils
 import utils.heatmaps as heatmap_utils
 from core.config import cfg
 from core.errors import UserError
 from core.suppression import class_nms_and_limit
+from core.test_arrays import (
+    PRECOMPUTED,
+    im_conv_body_only,
+    im_detect_bbox,
+    im_detect_bbox_aspect_ratio,
+    im_detect_bbox_aug,
+    im_detect_bbox_hflip,
+    im_detect_bbox_scale,
+    im_detect_keypoints,
+    im_detect_keypoints_aspect_ratio,
+    im_detect_keypoints_aug,
+    im_detect_keypoints_hflip,
+    im_detect_keypoints_scale,
+    im_detect_mask,
+    im_detect_mask_aspect_ratio,
+    im_detect_mask_aug,
+    im_detect_mask_hflip,
+    im_detect_mask_scale,
+)
+from core.test_augment import Pairs, box_outputs, candidates, keypoint_maps, mask_maps
+from core.test_forward import ImageBatch, own_channel, plain_view
 from ops import masks_to_rles
+from utils.blob import Placed
+
+__all__ = [
+    "ClassBoxes",
+    "ClassKeyps",
+    "ClassSegms",
+    "Detections",
+    "box_results_with_nms_and_limit",
+    "class_results",
+    "detect_batch",
+    "im_conv_body_only",
+    "im_detect_all",
+    "im_detect_bbox",
+    "im_detect_bbox_aspect_ratio",
+    "im_detect_bbox_aug",
+    "im_detect_bbox_hflip",
+    "im_detect_bbox_scale",
+    "im_detect_keypoints",
+    "im_detect_keypoints_aspect_ratio",
+    "im_detect_keypoints_aug",
+    "im_detect_keypoints_hflip",
+    "im_detect_keypoints_scale",
+    "im_detect_mask",
+    "im_detect_mask_aspect_ratio",
+    "im_detect_mask_aug",
+    "im_detect_mask_hflip",
+    "im_detect_mask_scale",
+    "keypoint_results",
+    "network_size",
+    "segm_results",
+]
 
 ClassBoxes = list[np.ndarray | list]
 ClassSegms = list[list[dict[str, Any]]]
 ClassKeyps = list[list[np.ndarray]]
 
 OKS_THRESH = 0.3  # KRCNN.NMS_OKS: people more alike than this are one
-
-PRECOMPUTED = (
-    "testing with precomputed proposals is not supported: leave {} at None and set "
-    "MODEL.FASTER_RCNN to True."
-)
 
 
 @dataclass
@@ -80,6 +125,9 @@ def detect_batch(
     model: nn.Module,
     images: Sequence[np.ndarray],
     timers: Mapping[str, Any] | None = None,
+    *,
+    packed: tuple[Tensor, list[Placed]] | None = None,
+    left_right: Pairs | None = None,
 ) -> list[Detections]:
     """Detections of several images in one forward pass; what an image gives does not depend on the
     others.
@@ -88,6 +136,9 @@ def detect_batch(
         model: `Generalized_RCNN` in eval mode, bare or inside a DataParallel.
         images: (H, W, 3) uint8 BGR, of equal `network_size`.
         timers: as in `im_detect_all`.
+        packed: the same images as `utils.blob.pack_images` gives them, if that is at hand.
+        left_right: indices of the keypoints that change places in a mirrored image (KPS_AUG); by
+            default those of COCO's persons.
 
     Raises:
         ValueError: the images need different amounts of padding.
@@ -95,40 +146,34 @@ def detect_batch(
     """
     _check_supported()
     net = getattr(model, "module", model)
-    sizes = [tuple(im.shape[:2]) for im in images]
-    if len({network_size(h, w) for h, w in sizes}) > 1:
-        raise ValueError(f"images of one batch must have equal padded sizes, not those of {sizes}")
+    batch = ImageBatch(images, next(net.parameters()).device, packed)
+    if len({network_size(h, w) for h, w in batch.sizes}) > 1:
+        raise ValueError(
+            f"images of one batch must have equal padded sizes, not those of {batch.sizes}"
+        )
 
     with _timed(timers, "im_detect_bbox"):
-        out, scales = _forward(net, images, cfg.TEST.SCALE, cfg.TEST.MAX_SIZE)
-    rois, scores = out["rois"].float(), out["cls_score"].float()
+        outputs, features = box_outputs(net, batch)
     with _timed(timers, "misc_bbox"):
-        # Decode only what can become a detection: a few hundred of 80 x 1000 boxes an image.
-        row, cls = (scores[:, 1:] > cfg.TEST.SCORE_THRESH).nonzero().unbind(1)
-        cls = cls + 1
-        image = rois[row, 0].long()
-        size = torch.tensor(sizes, device=rois.device)
-        deltas = _class_deltas(out["bbox_pred"].float(), row, cls)
-        boxes = _decode(rois[row], deltas, scales, size)
-        best = scores[row, cls]
-        keep, boxes, best = _select(boxes, best, cls, image)
+        boxes, scores, cls, image = candidates(outputs)
+        keep, boxes, scores = _select(boxes, scores, cls, image)
         cls, image = cls[keep], image[keep]
         counts = torch.bincount(image, minlength=len(images)).tolist()
 
-    masks = None
+    masks = heatmaps = None
     if cfg.MODEL.MASK_ON:
         with _timed(timers, "im_detect_mask"):
-            masks = _class_masks(net, boxes, image, cls, scales, out["blob_conv"])
-    heatmaps = None
+            masks = mask_maps(net, boxes, image, features, cls)
     if cfg.MODEL.KEYPOINTS_ON:
         with _timed(timers, "im_detect_keypoints"):
-            heatmaps = _heatmaps(net, boxes, image, scales, out["blob_conv"])
+            heatmaps = keypoint_maps(net, boxes, image, features, left_right)
     parts = [
         tensor.split(counts) if tensor is not None else [None] * len(counts)
-        for tensor in (boxes, best, cls, masks, heatmaps)
+        for tensor in (boxes, scores, cls, masks, heatmaps)
     ]
     return [
-        Detections(*part, *hw) for part, hw in zip(zip(*parts, strict=True), sizes, strict=True)
+        Detections(*part, *size)
+        for part, size in zip(zip(*parts, strict=True), batch.sizes, strict=True)
     ]
 
 
@@ -169,42 +214,7 @@ def class_results(
 
 def network_size(height: int, width: int) -> tuple[int, int]:
     """Padded height and width with which an image of this size enters the network when testing."""
-    scale = blob_utils.get_target_scale(height, width, cfg.TEST.SCALE, cfg.TEST.MAX_SIZE)
-    size = blob_utils.scaled_size(height, width, scale)
-    return blob_utils.padded_size([size], blob_utils.coarsest_stride())
-
-
-@torch.inference_mode()
-def im_detect_bbox(
-    model: nn.Module,
-    im: np.ndarray,
-    target_scale: int,
-    target_max_size: int,
-    boxes: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray, float, Any]:
-    """Scores and boxes of every proposal, before any selection.
-
-    Args:
-        im: (H, W, 3) uint8 BGR.
-        target_scale, target_max_size: short side and longest side in network pixels.
-        boxes: must be None: the model makes its own proposals.
-
-    Returns:
-        scores (R, C) float32, boxes (R, 4C) float32 in image pixels, the image's scale, the
-        backbone's feature maps.
-    """
-    if boxes is not None:
-        raise UserError(PRECOMPUTED.format("boxes"))
-    _check_supported()
-    net = getattr(model, "module", model)
-    out, scales = _forward(net, [im], target_scale, target_max_size)
-    rois, scores = out["rois"].float(), out["cls_score"].float()
-    size = torch.tensor([im.shape[:2]], device=rois.device)
-    deltas = out["bbox_pred"].float()
-    if cfg.MODEL.CLS_AGNOSTIC_BBOX_REG or not cfg.TEST.BBOX_REG:
-        deltas = deltas[:, -4:].repeat(1, scores.shape[1])
-    decoded = _decode(rois, deltas, scales, size)
-    return scores.cpu().numpy(), decoded.cpu().numpy(), float(scales[0]), out["blob_conv"]
+    return plain_view().padded_size(height, width)
 
 
 def box_results_with_nms_and_limit(
@@ -230,35 +240,6 @@ def box_results_with_nms_and_limit(
     found = Detections(kept, best, cls[keep], None, None, 0, 0)
     cls_boxes, _, _ = class_results(found, every.shape[1])
     return found.scores.numpy(), found.boxes.numpy(), cls_boxes
-
-
-@torch.inference_mode()
-def im_detect_mask(
-    model: nn.Module, im_scale: float, boxes: np.ndarray, blob_conv: Any
-) -> np.ndarray:
-    """Mask probabilities of boxes in one image.
-
-    Args:
-        im_scale: network pixels per image pixel.
-        boxes: (R, 4) in image pixels.
-        blob_conv: feature maps from `im_detect_bbox`.
-
-    Returns:
-        (R, K, M, M) float32; K is the number of classes, or 1 with class-agnostic masks.
-    """
-    net = getattr(model, "module", model)
-    given, image, scales = _one_image(boxes, im_scale, blob_conv)
-    return _mask_probabilities(net, given, image, scales, blob_conv).cpu().numpy()
-
-
-@torch.inference_mode()
-def im_detect_keypoints(
-    model: nn.Module, im_scale: float, boxes: np.ndarray, blob_conv: Any
-) -> np.ndarray:
-    """Heat-map logits (R, K, S, S) float32 of boxes (R, 4); arguments as for `im_detect_mask`."""
-    net = getattr(model, "module", model)
-    given, image, scales = _one_image(boxes, im_scale, blob_conv)
-    return _heatmaps(net, given, image, scales, blob_conv).cpu().numpy()
 
 
 def keypoint_results(
@@ -293,34 +274,17 @@ def segm_results(
     probs = torch.from_numpy(np.ascontiguousarray(masks, dtype=np.float32))
     boxes = torch.from_numpy(np.ascontiguousarray(ref_boxes, dtype=np.float32))
     classes = torch.repeat_interleave(torch.tensor(counts))
-    rles = masks_to_rles(_own_channel(probs, classes), boxes, im_h, im_w, cfg.MRCNN.THRESH_BINARIZE)
+    rles = masks_to_rles(own_channel(probs, classes), boxes, im_h, im_w, cfg.MRCNN.THRESH_BINARIZE)
     ends = np.cumsum(counts)
     return [rles[end - n : end] for n, end in zip(counts, ends, strict=True)]
 
 
 def _check_supported() -> None:
     """Refuse what a config can ask for and this version does not do, rather than ignore it."""
-    asked = {
-        "TEST.BBOX_AUG.ENABLED": cfg.TEST.BBOX_AUG.ENABLED,
-        "TEST.MASK_AUG.ENABLED": cfg.TEST.MASK_AUG.ENABLED,
-        "TEST.KPS_AUG.ENABLED": cfg.TEST.KPS_AUG.ENABLED,
-    }
-    for key, on in asked.items():
-        if on:
-            raise UserError(f"{key} is not supported by testing yet: set it to False.")
     if not cfg.MODEL.FASTER_RCNN:
         raise UserError(
             "testing needs a model that makes its own proposals: set MODEL.FASTER_RCNN to True."
         )
-
-
-def _forward(
-    net: nn.Module, images: Sequence[np.ndarray], target_size: int, max_size: int
-) -> tuple[dict[str, Any], Tensor]:
-    """The network's outputs, and the images' scales (N,) float64 on its device."""
-    device = next(net.parameters()).device
-    data, scales, im_info = blob_utils.prep_images(images, target_size, max_size, device)
-    return net(data, im_info), torch.tensor(scales, dtype=torch.float64, device=device)
 
 
 def _select(
@@ -337,75 +301,6 @@ def _select(
         soft_nms=cfg.TEST.SOFT_NMS,
         bbox_vote=cfg.TEST.BBOX_VOTE,
     )
-
-
-def _class_deltas(bbox_pred: Tensor, row: Tensor, cls: Tensor) -> Tensor:
-    """(K, 4) deltas of candidate (row, cls) from (R, 4C), or from the last of two slots."""
-    slots = bbox_pred.view(len(bbox_pred), bbox_pred.shape[1] // 4, 4)
-    return slots[row, -1] if cfg.MODEL.CLS_AGNOSTIC_BBOX_REG else slots[row, cls]
-
-
-def _decode(rois: Tensor, deltas: Tensor, scales: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes (R, 4T) in image pixels from rois (R, 5) in network pixels and deltas (R, 4T).
-
-    scales (N,) and sizes (N, 2) `[height, width]` are the images'. Without TEST.BBOX_REG the
-    proposals themselves are the boxes.
-    """
-    image = rois[:, 0].long()
-    boxes = (rois[:, 1:].double() / scales[image, None]).float()
-    if not cfg.TEST.BBOX_REG:
-        return boxes.repeat(1, deltas.shape[1] // 4)
-    decoded = box_utils.bbox_transform(
-        boxes, deltas, cfg.MODEL.BBOX_REG_WEIGHTS, cfg.BBOX_XFORM_CLIP
-    )
-    limit = (sizes - 1).flip(1).repeat(1, deltas.shape[1] // 2).to(decoded.dtype)
-    return torch.minimum(decoded.clamp(min=0), limit[image])
-
-
-def _one_image(boxes: np.ndarray, im_scale: float, blob_conv: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (R, 4), image indices (R,) and scales (1,) of a batch of one, on the maps' device."""
-    device = (blob_conv if isinstance(blob_conv, Tensor) else blob_conv[0]).device
-    given = torch.as_tensor(boxes, dtype=torch.float32, device=device)
-    image = torch.zeros(len(given), dtype=torch.int64, device=device)
-    return given, image, torch.tensor([im_scale], dtype=torch.float64, device=device)
-
-
-def _as_rois(boxes: Tensor, image: Tensor, scales: Tensor) -> Tensor:
-    """RoIs (n, 5) in network pixels of boxes (n, 4) in pixels of images (n,)."""
-    scaled = (boxes.double() * scales[image, None]).float()
-    return torch.cat([image[:, None].to(scaled), scaled], dim=1)
-
-
-def _heatmaps(
-    net: nn.Module, boxes: Tensor, image: Tensor, scales: Tensor, blob_conv: Any
-) -> Tensor:
-    """(n, K, S, S) float32 keypoint logits of boxes (n, 4) in pixels of images (n,)."""
-    if not len(boxes):
-        return boxes.new_zeros(0, cfg.KRCNN.NUM_KEYPOINTS, *[cfg.KRCNN.HEATMAP_SIZE] * 2)
-    return net.keypoint_net(blob_conv, {"keypoint_rois": _as_rois(boxes, image, scales)}).float()
-
-
-def _mask_probabilities(
-    net: nn.Module, boxes: Tensor, image: Tensor, scales: Tensor, blob_conv: Any
-) -> Tensor:
-    """(n, K, M, M) float32 mask probabilities of boxes (n, 4) in pixels of images (n,)."""
-    if not len(boxes):
-        channels = cfg.MODEL.NUM_CLASSES if cfg.MRCNN.CLS_SPECIFIC_MASK else 1
-        return boxes.new_zeros(0, channels, cfg.MRCNN.RESOLUTION, cfg.MRCNN.RESOLUTION)
-    return net.mask_net(blob_conv, {"mask_rois": _as_rois(boxes, image, scales)}).float()
-
-
-def _class_masks(
-    net: nn.Module, boxes: Tensor, image: Tensor, cls: Tensor, scales: Tensor, blob_conv: Any
-) -> Tensor:
-    return _own_channel(_mask_probabilities(net, boxes, image, scales, blob_conv), cls)
-
-
-def _own_channel(masks: Tensor, classes: Tensor) -> Tensor:
-    """(n, M, M): each detection's map of its own class out of (n, K, M, M)."""
-    if masks.shape[1] == 1:
-        return masks[:, 0]
-    return masks[torch.arange(len(masks), device=masks.device), classes]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +61,22 @@ def images_to_blob(
     return ops.image_batch(pixels, meta, *blob_size, pixel_means)
 
 
+class Placed(NamedTuple):
+    """An image among the packed pixels of several."""
+
+    offset: int  # bytes
+    height: int
+    width: int
+    flip: bool = False
+
+
+def pack_images(images: Sequence[np.ndarray]) -> tuple[Tensor, list[Placed]]:
+    """Images (H, W, 3) uint8 back to back: (B,) uint8 on the CPU, and where each is."""
+    offsets = np.cumsum([0] + [im.size for im in images]).tolist()
+    places = [Placed(o, *im.shape[:2]) for o, im in zip(offsets, images, strict=False)]
+    return torch.from_numpy(np.concatenate([im.reshape(-1) for im in images])), places
+
+
 def prep_images(
     images: Sequence[np.ndarray],
     target_size: int,
@@ -67,10 +84,22 @@ def prep_images(
     device: torch.device | str,
     stride: int | None = None,
 ) -> tuple[Tensor, list[float], Tensor]:
-    """Images for testing: one scale each, padded to a common size.
+    """Images for testing, N arrays (H, W, 3) uint8 BGR; the rest as for `prep_packed`."""
+    return prep_packed(*pack_images(images), target_size, max_size, device, stride)
+
+
+def prep_packed(
+    pixels: Tensor,
+    places: Sequence[Placed],
+    target_size: int,
+    max_size: int,
+    device: torch.device | str,
+    stride: int | None = None,
+) -> tuple[Tensor, list[float], Tensor]:
+    """Packed images for testing: one scale each, padded to a common size.
 
     Args:
-        images: N arrays (H, W, 3) uint8 BGR.
+        pixels: (B,) uint8, anywhere; places: where each of N images is in it.
         target_size, max_size: TEST.SCALE and TEST.MAX_SIZE.
         stride: the padded size is a multiple of it; by default as the config says.
 
@@ -79,15 +108,14 @@ def prep_images(
         padded height, padded width (of the whole batch), scale.
     """
     stride = coarsest_stride() if stride is None else stride
-    scales = [get_target_scale(*im.shape[:2], target_size, max_size) for im in images]
-    sizes = [scaled_size(*im.shape[:2], s) for im, s in zip(images, scales, strict=True)]
-    blob_size = padded_size(sizes, stride)
-    offsets = np.cumsum([0] + [im.size for im in images])
+    sizes = [(place.height, place.width) for place in places]
+    scales = [get_target_scale(*size, target_size, max_size) for size in sizes]
+    scaled = [scaled_size(*size, scale) for size, scale in zip(sizes, scales, strict=True)]
+    blob_size = padded_size(scaled, stride)
     meta = [
-        image_meta(offset, *im.shape[:2], False, size, (0, 0), scale)
-        for offset, im, size, scale in zip(offsets, images, sizes, scales, strict=False)
+        image_meta(place.offset, place.height, place.width, place.flip, size, (0, 0), scale)
+        for place, size, scale in zip(places, scaled, scales, strict=True)
     ]
-    pixels = torch.from_numpy(np.concatenate([im.reshape(-1) for im in images]))
     data = images_to_blob(
         pixels.to(device, non_blocking=True),
         torch.tensor(meta, dtype=torch.float64).to(device, non_blocking=True),

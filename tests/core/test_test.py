@@ -205,17 +205,3 @@ def test_segm_results_agree_with_the_original(shared, cfg):
 def test_network_size(size, fpn, expected, cfg):
     merge_cfg_from_list(["TEST.SCALE", 800, "TEST.MAX_SIZE", 1333, "FPN.FPN_ON", fpn])
     assert network_size(*size) == expected
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "TEST.BBOX_AUG.ENABLED",
-        "TEST.MASK_AUG.ENABLED",
-        "TEST.KPS_AUG.ENABLED",
-    ],
-)
-def test_what_testing_does_not_do_is_refused_by_name(key, cfg):
-    merge_cfg_from_list(["MODEL.FASTER_RCNN", True, key, True])
-    with pytest.raises(UserError, match=key):
-        im_detect_all(torch.nn.Identity(), np.zeros((8, 8, 3), np.uint8))
