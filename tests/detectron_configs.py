@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from core.config_yaml import nested
+
 ROOT = Path(__file__).resolve().parent.parent
 # Detectron's folders and this family's.
 FOLDERS = {
@@ -28,16 +30,8 @@ def table_stems() -> list[str]:
 
 def detectron_yaml(table: dict[str, Any]) -> str:
     """The file as Detectron has it, from an entry of `spec/config_table.json`."""
-    nested: dict[str, Any] = {}
-    for key, value in table.items():
-        if key.startswith("_") or key.endswith(".file"):
-            continue
-        *groups, name = key.split(".")
-        parent = nested
-        for group in groups:
-            parent = parent.setdefault(group, {})
-        parent[name] = value
-    return yaml.safe_dump(nested)
+    keys = {k: v for k, v in table.items() if not k.startswith("_") and not k.endswith(".file")}
+    return yaml.safe_dump(nested(keys))
 
 
 def family_config(stem: str, table: dict[str, Any]) -> Path:

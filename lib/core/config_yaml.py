@@ -33,6 +33,18 @@ def dump_yaml(config: Mapping[str, Any]) -> str:
     return yaml.dump(config, Dumper=_ConfigDumper, sort_keys=False, width=100)
 
 
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"TRAIN.SCALES": ...}` as `{"TRAIN": {"SCALES": ...}}`."""
+    groups: dict[str, Any] = {}
+    for key, value in values.items():
+        *path, name = key.split(".")
+        group = groups
+        for part in path:
+            group = group.setdefault(part, {})
+        group[name] = value
+    return groups
+
+
 class _ConfigLoader(yaml.SafeLoader):
     """Builds python's tags from plain data alone."""
 

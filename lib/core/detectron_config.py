@@ -242,6 +242,8 @@ def _complete(values: Mapping[str, Any], out: dict[str, Any]) -> list[str]:
     if not values.get("TRAIN.WEIGHTS") and "RESNETS.IMAGENET_PRETRAINED_WEIGHTS" not in values:
         out.setdefault("MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS", False)
         notes.append("without TRAIN.WEIGHTS a training starts from random weights")
+    if out.pop("ROOT_DIR", None):
+        notes.append("ROOT_DIR is ignored: it is where this project lies")
     named = [key for key in ("TRAIN.DATASETS", "TEST.DATASETS") if out.get(key)]
     if named:
         notes.append(f"--dataset of the scripts comes before {' and '.join(named)}")
