@@ -6,16 +6,21 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+import core.distributed as ranks
 import utils.net as net_utils
+from core.checkpoints import CheckpointWriter, random_state, restore_random_state
 from core.errors import UserError
+from core.failures import explained
+from core.signals import StopRequest
+from core.train_batches import batches_on_devices
 from nn.parallel import DataParallel
-from nn.parallel.scatter import tensors_in
 from utils.training_stats import NonFiniteLossError, TrainingStats
 
 logger = logging.getLogger(__name__)
@@ -35,8 +40,12 @@ class TrainSettings:
         amp: `off`, `bf16` or `fp16` autocast of the model's forward.
         ckpt_dir: folder of `model_step{N}.pth` (made when the first is written); None: save none.
         snapshot_period: steps between checkpoints; one is written at the end in any case.
+        keep: checkpoints to keep; 0 keeps all.
+        eval_period: steps between evaluations, each with a checkpoint; 0: none.
         train_size: images of the training set, noted in checkpoints.
-        batch_size: images of a pass, noted in checkpoints.
+        batch_size: images of a pass over all GPUs, noted in checkpoints.
+        first_batch: batches of the whole sequence that the loader has been made to leave out.
+        notes: further entries of checkpoints.
         scale_momentum: with the two below, SOLVER.SCALE_MOMENTUM, _THRESHOLD and _TWICE.
         log_lr_change_threshold: a change of the rate by more than this factor is logged.
     """
@@ -48,8 +57,12 @@ class TrainSettings:
     amp: str = "off"
     ckpt_dir: Path | None = None
     snapshot_period: int = 20000
+    keep: int = 0
+    eval_period: int = 0
     train_size: int = 0
     batch_size: int = 0
+    first_batch: int = 0
+    notes: Mapping[str, Any] = field(default_factory=dict)
     scale_momentum: bool = True
     scale_momentum_threshold: float = 1.1
     scale_momentum_twice: bool = False
@@ -86,6 +99,15 @@ def place_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module
     return model.to(device, memory_format=torch.channels_last)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of the model after a step; `metrics[name]` says which step was the best."""
+
+    name: str
+    metrics: Mapping[str, float]
+    pictures: Mapping[str, np.ndarray] = field(default_factory=dict)  # (H, W, 3) uint8 BGR
+
+
 def train(
     model: DataParallel,
     optimizer: torch.optim.Optimizer,
@@ -94,51 +116,68 @@ def train(
     settings: TrainSettings,
     stats: TrainingStats,
     restored: Mapping[str, Any] | None = None,
-) -> None:
+    evaluate: Callable[[torch.nn.Module], Evaluation] | None = None,
+    draw: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] | None = None,
+) -> int:
     """Train from `settings.start_step` to `settings.max_iter`.
+
+    Every rank of a distributed training calls it, with a model of `core.distributed.distribute`;
+    rank 0 writes.
 
     Args:
         model: `model(**batch)` gives `{'losses': {name: tensor}, 'metrics': {name: tensor}}` with
             tensors of shape () or (num_gpus,).
+        optimizer: a fused one: a step with a loss that is not finite is left out on the device.
         loader: batches (name -> list with an entry per device) of one epoch; repeated as needed.
             Their `image_ids`, if any, are named when a loss is not finite.
         learning_rate: zero-based step -> rate.
-        restored: checkpoint to continue random numbers and loss scale from.
+        restored: checkpoint to continue random numbers, loss scale and best score from.
+        evaluate: scores the bare model, on rank 0, every `settings.eval_period` steps.
+        draw: pictures of a batch, wanted for TensorBoard at the start and with every checkpoint.
+    Returns:
+        0, or the number of the signal that ended the training early, after a checkpoint.
     Raises:
         NonFiniteLossError: a loss is NaN or infinite; nothing is saved from then on.
-        UserError: the loader has no batch, or there is nothing left to train.
+        UserError: the loader has no batch, there is nothing left to train, a checkpoint cannot be
+            written, a GPU's memory is full, or a loader process died.
     """
     if settings.start_step >= settings.max_iter:
         raise UserError(
             f"nothing to train: the first step would be {settings.start_step}, but the schedule "
             f"ends after {settings.max_iter} steps (SOLVER.MAX_ITER, scaled to the batch size)"
         )
-    scaler = torch.amp.GradScaler(model.devices[0].type, enabled=settings.amp == "fp16")
+    loop = _Loop(model, optimizer, settings, stats, evaluate, draw)
     if restored is not None:
-        _restore(restored, scaler)
+        loop.restore(restored)
     model.train()
-    batches = _on_devices(_endless(loader), model)
-    step = settings.start_step
+    step, signal = settings.start_step, 0
     try:
-        for step in range(settings.start_step, settings.max_iter):
-            rate = learning_rate(step)
-            _set_rate(step, optimizer, rate, settings)
-            _step(step, model, optimizer, scaler, batches, settings, stats)
-            last = step + 1 == settings.max_iter
-            if last or (step + 1) % settings.disp_interval == 0 or step == settings.start_step:
-                stats.report(step, rate)
-            if settings.ckpt_dir is not None and (
-                last or (step + 1) % settings.snapshot_period == 0
-            ):
-                stats.check()
-                before = time.perf_counter()
-                _save(step, model, optimizer, scaler, settings)
-                stats.exclude(time.perf_counter() - before)
+        with StopRequest() as stop:
+            batches = batches_on_devices(loader, model)
+            for step in range(settings.start_step, settings.max_iter):
+                rate = learning_rate(step)
+                _set_rate(step, optimizer, rate, settings)
+                loop.step(step, batches)
+                signal = stop.agreed()
+                loop.after_step(step, rate, signal)
+                if signal:
+                    break
+            stop.finish()
+            loop.wait_for_checkpoint()
     except BaseException as error:
         # The weights may be half updated or broken: they are not written.
+        told = explained(error, settings.batch_size, loop.blob_sizes)
+        if told is not None:
+            raise told from error
         if not isinstance(error, UserError):
             logger.error("stopped in step %d by %s; nothing is saved", step, type(error).__name__)
         raise
+    finally:
+        stats.close()
+        loop.close()
+    if signal:
+        logger.info("signal %d: stopped after step %d; --auto_resume goes on", signal, step)
+    return signal
 
 
 def _set_rate(
@@ -159,105 +198,170 @@ def _set_rate(
     )
 
 
-def _step(
-    step: int,
-    model: DataParallel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    batches: Iterator[tuple[list[tuple], list[Any]]],
-    settings: TrainSettings,
-    stats: TrainingStats,
-) -> None:
-    """One update from `iter_size` passes; nothing in here waits for the device."""
-    dtype = AMP_DTYPES[settings.amp]
-    losses = metrics = 0
-    image_ids: list[Any] = []
-    data_seconds = 0.0
-    for _ in range(settings.iter_size):
-        before = time.perf_counter()
-        inputs, ids = next(batches)
-        data_seconds += time.perf_counter() - before
-        image_ids += ids
-        with torch.autocast(model.devices[0].type, dtype, enabled=dtype is not None):
-            output = model.forward_scattered(inputs)
-        pass_losses = _stacked(output["losses"])
-        scaler.scale(pass_losses.sum()).backward()
-        losses = losses + pass_losses.detach() / settings.iter_size
-        pass_metrics = _stacked(output["metrics"]) if output["metrics"] else pass_losses[:0]
-        metrics = metrics + pass_metrics.detach() / settings.iter_size
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    names = tuple(output["losses"]), tuple(output["metrics"])
-    stats.record(step, names, (losses, metrics), image_ids, data_seconds)
+class _Loop:
+    """What happens in a step and after it."""
+
+    def __init__(
+        self,
+        model: DataParallel,
+        optimizer: torch.optim.Optimizer,
+        settings: TrainSettings,
+        stats: TrainingStats,
+        evaluate: Callable[[torch.nn.Module], Evaluation] | None,
+        draw: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] | None,
+    ) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._settings, self._stats = settings, stats
+        self._evaluate, self._draw = evaluate, draw
+        self._scaler = torch.amp.GradScaler(model.devices[0].type, enabled=settings.amp == "fp16")
+        self._best: dict[str, Any] | None = None
+        self._batch: Mapping[str, Any] = {}
+        self._writer = None
+        if settings.ckpt_dir is not None and ranks.rank() == 0:
+            self._writer = CheckpointWriter(settings.ckpt_dir, settings.keep)
+
+    @property
+    def blob_sizes(self) -> list[tuple[int, int]]:
+        """Padded height and width of the last batch on each device, as far as known."""
+        return list(self._batch.get("blob_size", ()))
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Continue what `ckpt_content` does not know; checkpoints of Detectron.pytorch lack it."""
+        if checkpoint.get("scaler"):
+            self._scaler.load_state_dict(checkpoint["scaler"])
+        self._best = checkpoint.get("best")
+        states = checkpoint.get("rng")
+        if isinstance(states, list) and len(states) == ranks.world_size():
+            restore_random_state(states[ranks.rank()], self._model.devices)
+
+    def step(self, step: int, batches: Iterator[tuple[list[tuple], Mapping[str, Any]]]) -> None:
+        """One update from `iter_size` passes; nothing in here waits for the device."""
+        settings, dtype = self._settings, AMP_DTYPES[self._settings.amp]
+        losses = metrics = 0
+        image_ids: list[Any] = []
+        data_seconds = 0.0
+        for number in range(1, settings.iter_size + 1):
+            before = time.perf_counter()
+            inputs, self._batch = next(batches)
+            data_seconds += time.perf_counter() - before
+            image_ids += [i for entry in self._batch.get("image_ids", ()) for i in entry]
+            exchange = contextlib.nullcontext()
+            if number < settings.iter_size:
+                exchange = ranks.without_exchange(self._model.module)
+            with exchange:
+                with torch.autocast(self._model.devices[0].type, dtype, enabled=dtype is not None):
+                    output = self._model.forward_scattered(inputs)
+                pass_losses = _stacked(output["losses"])
+                self._backward(pass_losses.sum())
+            losses = losses + pass_losses.detach() / settings.iter_size
+            pass_metrics = _stacked(output["metrics"]) if output["metrics"] else pass_losses[:0]
+            metrics = metrics + pass_metrics.detach() / settings.iter_size
+        own = torch.cat([losses, metrics])
+        values = ranks.mean_over_ranks(own)
+        self._update(values[: len(losses)])
+        names = tuple(output["losses"]), tuple(output["metrics"])
+        self._stats.record(step, names, values, own, image_ids, data_seconds)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self._scaler.is_enabled():
+            # The scaler leaves out a step by its gradients alone.
+            loss = loss * torch.where(loss.isfinite(), 1.0, float("nan"))
+        self._scaler.scale(loss).backward()
+
+    def _update(self, losses: torch.Tensor) -> None:
+        """Let the optimizer step, unless a loss is not finite: decided on the device."""
+        if not self._scaler.is_enabled():
+            # As the scaler tells a fused optimizer that it must change nothing.
+            self._optimizer.found_inf = 1.0 - losses.isfinite().all().float()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def after_step(self, step: int, rate: float, signal: int) -> None:
+        """Report, evaluate and save as far as it is time for it, or the last step."""
+        settings = self._settings
+
+        def due(period: int) -> bool:
+            return period > 0 and (step + 1) % period == 0
+
+        first, end = step == settings.start_step, step + 1 == settings.max_iter
+        last = end or signal > 0
+        if first or last or due(settings.disp_interval):
+            self._stats.report(step, rate)
+        evaluating = settings.eval_period > 0 and (due(settings.eval_period) or end) and not signal
+        saving = settings.ckpt_dir is not None and (
+            last or evaluating or due(settings.snapshot_period)
+        )
+        if (first or saving) and self._draw is not None and self._stats.wants_pictures:
+            self._stats.add_pictures(step, self._draw(self._batch))
+        if saving:
+            before = time.perf_counter()
+            self._save(step, evaluating)
+            self._stats.exclude(time.perf_counter() - before)
+        elif self._writer is not None:
+            self._writer.check()
+
+    def _save(self, step: int, evaluating: bool) -> None:
+        self._stats.check()
+        _assert_finite(self._model, step)
+        own_state = random_state(self._model.devices)
+        states = ranks.gather_objects(own_state)
+        best = False
+        if evaluating:
+            if ranks.rank() == 0:
+                best = self._score(step)
+                restore_random_state(own_state, self._model.devices)
+            best = ranks.from_rank_zero(best)
+        if self._writer is None:
+            return
+        settings = self._settings
+        passes = (step + 1 - settings.start_step) * settings.iter_size
+        content = net_utils.ckpt_content(
+            step=step,
+            train_size=settings.train_size,
+            batch_size=settings.batch_size,
+            model=ranks.bare(self._model.module),
+            optimizer=self._optimizer,
+            iter_size=settings.iter_size,
+            sampler={"batches": settings.first_batch + passes, "batch_size": settings.batch_size},
+            scaler=self._scaler.state_dict(),
+            rng=states,
+            best=self._best,
+            **settings.notes,
+        )
+        self._writer.save(content, best)
+
+    def _score(self, step: int) -> bool:
+        """Evaluate; is it the best so far?"""
+        found = self._evaluate(ranks.bare(self._model.module))
+        value = found.metrics[found.name]
+        self._stats.report_evaluation(step, found.metrics)
+        self._stats.add_pictures(step, found.pictures)
+        best = self._best is None or value > self._best["value"]
+        if best:
+            self._best = {"metric": found.name, "value": value, "step": step}
+        logger.info(
+            "step %d: %s %.4f, the best is %.4f of step %d",
+            step,
+            found.name,
+            value,
+            self._best["value"],
+            self._best["step"],
+        )
+        return best
+
+    def wait_for_checkpoint(self) -> None:
+        if self._writer is not None:
+            self._writer.wait()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _stacked(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """(n,) float32: the values, each a mean over the GPUs."""
     return torch.stack([v.float().mean() if v.dim() else v.float() for v in values.values()])
-
-
-def _endless(loader: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    while True:
-        batches = iter(loader)
-        # torch's DataLoader draws a number when an epoch begins. The model's draws must not depend
-        # on where epochs begin, or a resumed training would differ from an uninterrupted one.
-        with torch.random.fork_rng(devices=[]):
-            first = next(batches, None)
-        if first is None:
-            raise UserError(
-                "the training set has fewer images than a batch: lower --bs or "
-                "TRAIN.IMS_PER_BATCH, or use more images"
-            )
-        yield first
-        yield from batches
-
-
-def _on_devices(
-    batches: Iterator[Mapping[str, Any]], model: DataParallel
-) -> Iterator[tuple[list[tuple], list[Any]]]:
-    """Each batch's inputs on the devices and its image ids.
-
-    A batch is fetched when the kernels of the step before are queued: its copy, on a stream of
-    its own, runs beside them.
-    """
-    streams = [torch.cuda.Stream(d) for d in model.devices if d.type == "cuda"]
-    for batch in batches:
-        ids = [i for entry in batch.get("image_ids", ()) for i in entry]
-        with contextlib.ExitStack() as stack:
-            for stream in streams:
-                stack.enter_context(torch.cuda.stream(stream))
-            inputs = model.scatter((), batch)
-        for stream, (_, kwargs) in zip(streams, inputs, strict=False):
-            current = torch.cuda.current_stream(stream.device)
-            current.wait_stream(stream)
-            for tensor in tensors_in(kwargs):
-                if tensor.is_cuda:
-                    tensor.record_stream(current)
-        yield inputs, ids
-
-
-def _save(
-    step: int,
-    model: DataParallel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    settings: TrainSettings,
-) -> None:
-    _assert_finite(model, step)
-    settings.ckpt_dir.mkdir(parents=True, exist_ok=True)
-    path = settings.ckpt_dir / f"model_step{step}.pth"
-    net_utils.save_ckpt(
-        path,
-        step=step,
-        train_size=settings.train_size,
-        batch_size=settings.batch_size,
-        model=model.module,
-        optimizer=optimizer,
-        scaler=scaler.state_dict(),
-        rng={"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-    )
-    logger.info("saved %s", path)
 
 
 def _assert_finite(model: DataParallel, step: int) -> None:
@@ -269,14 +373,3 @@ def _assert_finite(model: DataParallel, step: int) -> None:
             f"weights are not finite after step {step}: nothing is saved; lower the learning rate "
             "(--lr) or train with --amp off"
         )
-
-
-def _restore(checkpoint: Mapping[str, Any], scaler: torch.amp.GradScaler) -> None:
-    """Continue the random numbers; checkpoints of Detectron.pytorch have none."""
-    if checkpoint.get("scaler"):
-        scaler.load_state_dict(checkpoint["scaler"])
-    rng = checkpoint.get("rng", {})
-    if "cpu" in rng:
-        torch.set_rng_state(rng["cpu"])
-    if len(rng.get("cuda", ())) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(rng["cuda"])

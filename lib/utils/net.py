@@ -176,8 +176,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     optimizer.load_state_dict({"state": entries, "param_groups": mine["param_groups"]})
 
 
-def save_ckpt(
-    path: str | Path,
+def ckpt_content(
     *,
     step: int,
     train_size: int,
@@ -185,16 +184,17 @@ def save_ckpt(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     **extra: Any,
-) -> None:
-    """Write a checkpoint: whole, or not at all.
+) -> dict[str, Any]:
+    """What a checkpoint holds.
 
     Args:
         step: the zero-based step after which it is taken; training resumes at step + 1.
         train_size: images (with flips) of the training set.
+        batch_size: images of a pass over all GPUs.
         model: the bare model, not its DataParallel.
         extra: further entries of tensors and plain values.
     """
-    content = {
+    return {
         "step": step,
         "train_size": train_size,
         "batch_size": batch_size,
@@ -202,7 +202,11 @@ def save_ckpt(
         "optimizer": optimizer.state_dict(),
         **extra,
     }
-    save_torch_file(content, path)
+
+
+def save_ckpt(path: str | Path, **content: Any) -> None:
+    """Write a checkpoint of `ckpt_content`'s arguments: whole, or not at all."""
+    save_torch_file(ckpt_content(**content), path)
 
 
 def read_ckpt(path: str | Path) -> dict[str, Any]:

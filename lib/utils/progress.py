@@ -9,6 +9,7 @@ from datetime import timedelta
 from types import TracebackType
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -56,3 +57,34 @@ class Progress:
             logger.info(
                 "%d of %d %s, %.2f a second, ETA %s", self.done, self.total, self.what, rate, eta
             )
+
+
+class StepBar:
+    """On a terminal: a bar of a training's steps below the log lines. Elsewhere nothing.
+
+    Args:
+        total: steps of the whole training; first: the one it (re)starts with.
+    """
+
+    def __init__(self, total: int, first: int = 0) -> None:
+        self._bar = self._redirect = None
+        if sys.stderr.isatty():
+            self._redirect = logging_redirect_tqdm()
+            self._redirect.__enter__()
+            self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """Say that one more step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, **values: str) -> None:
+        """Values to stand behind the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix(values, refresh=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._redirect.__exit__(None, None, None)
+            self._bar = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from torch import nn
 import nn as mynn
 import utils.net as net_utils
 from core.errors import UserError
-from core.train_engine import TrainSettings, train
+from core.train_engine import Evaluation, TrainSettings, train
 from utils.training_stats import NonFiniteLossError, TrainingStats
 
 SOLVER = SimpleNamespace(
@@ -49,14 +51,33 @@ def batches(count, size=2, seed=1):
     return [{"data": [d], "image_ids": [[10 * i, 10 * i + 1]]} for i, d in enumerate(data)]
 
 
-def run(tmp_path=None, loader=None, model=None, lr=0.1, optimizer=None, **settings):
+def run(
+    tmp_path=None,
+    loader=None,
+    model=None,
+    lr=0.1,
+    optimizer=None,
+    stats=None,
+    evaluate=None,
+    restored=None,
+    **settings,
+):
     module = model or Tiny()
     settings = TrainSettings(**{"max_iter": 4, "ckpt_dir": tmp_path, **settings})
     optimizer = optimizer or net_utils.build_optimizer(module, SOLVER, settings.iter_size)
     parallel = mynn.DataParallel(module, cpu_keywords=["image_ids"], minibatch=True)
-    stats = TrainingStats(settings.max_iter)
+    stats = stats or TrainingStats(settings.max_iter)
     loader = batches(8) if loader is None else loader
-    train(parallel, optimizer, loader, lambda step: lr, settings, stats)
+    train(
+        parallel,
+        optimizer,
+        loader,
+        lambda step: lr,
+        settings,
+        stats,
+        restored=restored,
+        evaluate=evaluate,
+    )
     return module, optimizer
 
 
@@ -81,7 +102,9 @@ def test_two_summed_passes_are_one_pass_over_both_batches():
 def test_checkpoints_come_periodically_and_at_the_end(tmp_path):
     module, _ = run(tmp_path / "ckpt", max_iter=5, snapshot_period=2, train_size=8, batch_size=2)
     names = sorted(p.name for p in (tmp_path / "ckpt").iterdir())
-    assert names == ["model_step1.pth", "model_step3.pth", "model_step4.pth"]
+    steps = ["model_step1.pth", "model_step3.pth", "model_step4.pth"]
+    assert names == ["last_checkpoint", *steps]
+    assert (tmp_path / "ckpt/last_checkpoint").read_text().strip() == "model_step4.pth"
     last = net_utils.read_ckpt(tmp_path / "ckpt/model_step4.pth")
     assert (last["step"], last["train_size"], last["batch_size"]) == (4, 8, 2)
     assert torch.equal(last["model"]["fc.weight"], module.fc.weight)
@@ -107,6 +130,142 @@ def test_a_loss_that_is_not_finite_is_named_and_nothing_is_saved(tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"loss_cls_fpn2 is nan at step 2 .*20, 21"):
         run(tmp_path / "ckpt", loader=bad, max_iter=8, snapshot_period=4)
     assert not (tmp_path / "ckpt").exists()
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_bad_steps_up_to_a_number_are_left_out(tmp_path, caplog, optimizer, amp):
+    good = batches(6)
+    bad = [*good[:2], *batches(2, seed=5), *good[2:]]
+    for batch in bad[2:4]:
+        batch["data"][0][1, 2] = float("inf")
+
+    def trained(loader, steps, **stats):
+        module = Tiny()
+        solver = SimpleNamespace(**{**vars(SOLVER), "TYPE": optimizer})
+        built = net_utils.build_optimizer(module, solver)
+        restored = {"scaler": {**SCALER, "scale": 8.0}} if amp == "fp16" else {}
+        run(
+            tmp_path / "ckpt",
+            loader=loader,
+            model=module,
+            optimizer=built,
+            max_iter=steps,
+            stats=TrainingStats(steps, **stats),
+            restored=restored,
+            amp=amp,
+        )
+        return module.state_dict()
+
+    with pytest.raises(NonFiniteLossError, match=r"at step 3 .*20, 21|at step 3 .*10, 11"):
+        trained(bad, 8, max_bad_steps=1)
+    assert not (tmp_path / "ckpt").exists()
+    with caplog.at_level(logging.WARNING):
+        left_out = trained(bad, 8, max_bad_steps=2)
+    assert "loss_cls_fpn2 is inf at step 2" in caplog.text
+    for name, value in trained(good, 6).items():
+        if amp == "off":
+            assert torch.equal(left_out[name], value), name
+        else:  # the loss scale was halved twice
+            torch.testing.assert_close(left_out[name], value, atol=1e-3, rtol=1e-2)
+
+
+SCALER = {
+    "scale": 65536.0,
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 2000,
+    "_growth_tracker": 0,
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, number):
+    class Signalled(Tiny):
+        def forward(self, data, image_ids=None):
+            if image_ids == [20, 21]:
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)  # a launcher repeats what it was sent
+            return super().forward(data)
+
+    before = signal.getsignal(number)
+    module, optimizer = run(tmp_path, model=Signalled(), snapshot_period=100)
+    assert [p.name for p in tmp_path.glob("*.pth")] == ["model_step2.pth"]
+    assert signal.getsignal(number) == before
+    saved = net_utils.read_ckpt(tmp_path / "model_step2.pth")
+    assert torch.equal(saved["model"]["fc.weight"], module.fc.weight)
+    assert saved["sampler"] == {"batches": 3, "batch_size": 0}
+
+
+def test_the_exit_tells_which_signal(tmp_path):
+    settings = TrainSettings(max_iter=2)
+    module = Tiny()
+
+    def loader():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        yield from batches(2)
+
+    model = mynn.DataParallel(module, cpu_keywords=["image_ids"], minibatch=True)
+    optimizer = net_utils.build_optimizer(module, SOLVER)
+    stats = TrainingStats(2)
+    assert train(model, optimizer, loader(), lambda s: 0.1, settings, stats) == signal.SIGUSR1
+    assert train(model, optimizer, batches(2), lambda s: 0.1, settings, stats) == 0
+
+
+def test_the_best_checkpoint_is_kept(tmp_path, caplog):
+    scores = iter([0.3, 0.5, 0.4])
+    drawn = []
+
+    def evaluate(model):
+        drawn.append(torch.rand(1))  # must not change what the training draws
+        return Evaluation("coco/box/AP", {"coco/box/AP": next(scores), "coco/box/AP50": 0.9})
+
+    class Drawing(Tiny):
+        def forward(self, data, image_ids=None):
+            return super().forward(data + torch.rand(data.shape))
+
+    def trained(folder, **settings):
+        torch.manual_seed(2)
+        stats = TrainingStats(6, folder)
+        return run(folder / "ckpt", model=Drawing(), max_iter=6, stats=stats, **settings)[0]
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    scored = trained(tmp_path / "a", eval_period=2, evaluate=evaluate, keep=1)
+    assert torch.equal(scored.fc.weight, trained(tmp_path / "b").fc.weight)
+    folder = tmp_path / "a/ckpt"
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["last_checkpoint", "model_best.pth", "model_step5.pth"]
+    best, last = (net_utils.read_ckpt(folder / n) for n in names[1:])
+    assert best["step"] == 3
+    assert best["best"] == last["best"] == {"metric": "coco/box/AP", "value": 0.5, "step": 3}
+    entries = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert [e["coco/box/AP"] for e in entries if "coco/box/AP" in e] == [0.3, 0.5, 0.4]
+
+
+def test_a_full_gpu_and_a_dead_loader_process_are_one_sentence():
+    class Full(Tiny):
+        def forward(self, data, image_ids=None, blob_size=None):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    loader = [{**b, "blob_size": [(800, 1344)]} for b in batches(1)]
+    with pytest.raises(UserError, match=r"16 images .* 1344x800: lower --bs"):
+        run(model=Full(), loader=loader, batch_size=16)
+
+    dataset = Dying()
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1)
+    with pytest.raises(UserError, match=r"loader process \d+ died \(.*Killed"):
+        run(loader=loader)
+
+
+class Dying(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batches(1)[0]
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

@@ -12,7 +12,7 @@ def move_to(value: Any, device: torch.device) -> Any:
     """Every tensor inside `value` on `device`; asynchronous from pinned memory."""
     if torch.is_tensor(value):
         return value.to(device, non_blocking=True)
-    return _map_nested(lambda v: move_to(v, device), value)
+    return map_nested(lambda v: move_to(v, device), value)
 
 
 def split_batch(value: tuple[Any, dict[str, Any]], count: int, minibatch: bool) -> list[tuple]:
@@ -64,10 +64,11 @@ def gather(outputs: Sequence[Any], device: torch.device) -> Any:
 def _part(value: Any, index: int, parts: int) -> Any:
     if torch.is_tensor(value):
         return value.tensor_split(parts)[index] if value.dim() else value
-    return _map_nested(lambda v: _part(v, index, parts), value)
+    return map_nested(lambda v: _part(v, index, parts), value)
 
 
-def _map_nested(function: Any, value: Any) -> Any:
+def map_nested(function: Any, value: Any) -> Any:
+    """`value` with `function` applied to the entries of a dict, list or tuple; others stay."""
     if isinstance(value, Mapping):
         return {k: function(v) for k, v in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -1,0 +1,202 @@
+"""Several processes that train one model: who this one is, and what they tell each other.
+
+Started by `torchrun`, or by `srun` with a task for every GPU. Without either there is one process
+and every function here does the obvious for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from core.errors import UserError
+
+# Host-side talk may wait for rank 0 to read annotations or to evaluate; a process that dies closes
+# its connections, which ends the wait at once.
+_PATIENCE = timedelta(days=1)
+_host_group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among all: `rank` of `world_size`, `local_rank` on its machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def launch_from_environment(environment: Mapping[str, str] = os.environ) -> Launch:
+    """What torchrun's variables, or else those of SLURM's `srun`, say."""
+    if "WORLD_SIZE" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    # A batch script has SLURM_NTASKS too; only what srun starts has a number of tasks of a step.
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    else:
+        return Launch()
+    try:
+        return Launch(*(int(environment[name]) for name in names))
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"the environment has {names[1]} but no usable {error}: start the script with "
+            "torchrun, or with srun and a task for every GPU"
+        ) from error
+
+
+def join(launch: Launch, environment: dict[str, str] | None = None) -> None:
+    """Meet the other processes; nothing for a single one. `leave` undoes it."""
+    global _host_group
+    if launch.world_size == 1:
+        return
+    environment = os.environ if environment is None else environment
+    if "MASTER_ADDR" not in environment:  # srun
+        environment["MASTER_ADDR"] = first_host(environment["SLURM_STEP_NODELIST"])
+        # Jobs on one machine must not meet: a port that follows from the job's number.
+        environment["MASTER_PORT"] = str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size)
+    _host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def leave() -> None:
+    """End what `join` began."""
+    global _host_group
+    if dist.is_initialized():
+        _host_group = None
+        dist.destroy_process_group()
+
+
+def first_host(nodes: str) -> str:
+    """First name of a SLURM list of nodes: `node03` of `node[03-05,9],other1`."""
+    name, number = re.match(r"([^,\[]*)(?:\[(\w+))?", nodes).groups()
+    return name + (number or "")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device_of(launch: Launch, devices: list[torch.device]) -> list[torch.device]:
+    """The one of a machine's devices that this process uses; all of them for a single process.
+
+    Raises:
+        UserError: there are more processes than GPUs.
+    """
+    if launch.world_size == 1 or devices[0].type == "cpu":
+        return devices[:1] if launch.world_size > 1 else devices
+    if launch.local_rank >= len(devices):
+        raise UserError(
+            f"process {launch.local_rank} of this machine has no GPU, torch sees {len(devices)}: "
+            f"start at most {len(devices)} processes a machine (--nproc_per_node) and leave out "
+            "--device cuda:N"
+        )
+    return [devices[launch.local_rank]]
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """The model as torch's DistributedDataParallel, or itself for a single process.
+
+    Rank 0's weights become everyone's. Gradients are means over the ranks.
+    """
+    if world_size() == 1:
+        return model
+    # Nothing but the frozen constants is a buffer: there is nothing to tell the others each step.
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside what `distribute` returned."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def without_exchange(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Backward passes inside add to this rank's own gradients only."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise mean; the host does not wait for it on a GPU."""
+    if world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value, group=_host_group)
+    return values
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value on every rank; the others wait for it."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_host_group)
+    return box[0]
+
+
+@contextlib.contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Rank 0 runs the block, then the others do (and find its caches)."""
+    if world_size() == 1:
+        yield
+        return
+    if rank() > 0:
+        dist.barrier(group=_host_group)
+    yield
+    if rank() == 0:
+        dist.barrier(group=_host_group)
+
+
+class AgreedFlag:
+    """The largest number that any rank has raised, known to all of them after the same step.
+
+    The exchange of one step goes on during the next, so that no step waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._work: dist.Work | None = None
+        self._value = torch.zeros(1, dtype=torch.int64)
+
+    def exchange(self, own: int) -> int:
+        """Call once a step on every rank: what was agreed on about the step before."""
+        if world_size() == 1:
+            return own
+        agreed = 0
+        if self._work is not None:
+            self._work.wait()
+            agreed = int(self._value)
+        self._value = torch.tensor([own])
+        self._work = dist.all_reduce(
+            self._value, dist.ReduceOp.MAX, group=_host_group, async_op=True
+        )
+        return agreed
+
+    def finish(self) -> None:
+        """Take in the last exchange, before the ranks part."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
