@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
-
-from matplotlib.backends.backend_pdf import PdfPages
 
 import _init_paths  # noqa: F401  (puts lib/ on the path)
 from core.config import assert_and_infer_cfg, cfg, merge_cfg_from_file, merge_cfg_from_list
@@ -20,7 +17,7 @@ from utils.logging import setup_logging
 from utils.progress import Progress
 from utils.run_dir import make_folder
 from utils.vis import picture_names, vis_one_image
-from utils.weights import atomic_write
+from utils.vis_pdf import merge_pdfs
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 MERGED = "results.pdf"
@@ -83,14 +80,9 @@ def main(argv: list[str] | None = None) -> int:
 
     folder = make_folder(args.output_dir)
     names = picture_names(images, args.format, taken={MERGED})
-    unreadable = []
+    unreadable, drawn = [], []
     workers = min(cfg.DATA_LOADER.NUM_THREADS, len(images) - 1)
-    with contextlib.ExitStack() as stack:
-        merged = None
-        if args.format == "pdf" and args.merge_pdfs == "True":
-            file = stack.enter_context(atomic_write(folder / MERGED))
-            merged = stack.enter_context(PdfPages(file))
-        progress = stack.enter_context(Progress(len(images)))
+    with Progress(len(images)) as progress:
         for found in detect_files(model, images, num_workers=workers):
             if found.error is None:
                 vis_one_image(
@@ -98,15 +90,18 @@ def main(argv: list[str] | None = None) -> int:
                     folder / names[found.index],
                     found.cls_boxes,
                     found.cls_segms,
+                    found.cls_keyps,
                     class_names=class_names,
                     thresh=args.thresh,
-                    merged_pdf=merged,
                 )
+                drawn.append(found.index)
             else:
                 unreadable.append(found.error)
             progress.advance()
-        if len(unreadable) == len(images):
-            raise UserError(f"none of the images can be read; the first: {unreadable[0]}")
+    if not drawn:
+        raise UserError(f"none of the images can be read; the first: {unreadable[0]}")
+    if args.format == "pdf" and args.merge_pdfs == "True":
+        merge_pdfs([folder / names[index] for index in sorted(drawn)], folder / MERGED)
     logger.info("%d pictures in %s", len(images) - len(unreadable), folder.resolve())
     for error in unreadable:
         logger.error("%s", error)

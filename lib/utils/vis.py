@@ -1,4 +1,4 @@
-"""Pictures of detections: boxes, translucent masks with contours, labels; as PNG, JPG or PDF."""
+"""Pictures of detections: boxes, translucent masks, keypoints, labels; as PNG, JPG or PDF."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from matplotlib.backends.backend_pdf import PdfPages
 from PIL import Image, ImageDraw
 
 from utils.segms import Segmentation
+from utils.skeleton import PERSON_SKELETON, Skeleton
 from utils.vis_layout import (
     LABEL_ALPHA,
     MASK_ALPHA,
     Instance,
     Layout,
+    Pose,
     font,
     lay_out,
     resized,
     text_colour,
 )
-from utils.vis_pdf import page
+from utils.vis_pdf import write_page
 from utils.weights import atomic_write
 
 # cv2's fixed-point coordinates: 4 binary places make edges smooth.
@@ -45,17 +46,21 @@ def picture_names(
 
 
 def convert_from_cls_format(
-    cls_boxes: Sequence, cls_segms: Sequence | None
-) -> tuple[np.ndarray, list[Segmentation] | None, np.ndarray]:
+    cls_boxes: Sequence, cls_segms: Sequence | None, cls_keyps: Sequence | None = None
+) -> tuple[np.ndarray, list[Segmentation] | None, list[np.ndarray] | None, np.ndarray]:
     """Detections by class, as `im_detect_all` returns them, as one list.
 
     Returns:
-        boxes (n, 5) float32 with the score last, n segmentations or None, classes (n,) int64.
+        boxes (n, 5) float32 with the score last, n segmentations or None, n keypoint arrays or
+        None, classes (n,) int64.
     """
     boxes = [np.reshape(np.asarray(b, np.float32), (-1, 5)) for b in cls_boxes]
     classes = np.repeat(np.arange(len(boxes)), [len(b) for b in boxes])
-    segms = None if cls_segms is None else [s for of_class in cls_segms for s in of_class]
-    return np.concatenate(boxes), segms, classes
+    segms, keyps = (
+        None if nested is None else [entry for of_class in nested for entry in of_class]
+        for nested in (cls_segms, cls_keyps)
+    )
+    return np.concatenate(boxes), segms, keyps, classes
 
 
 def draw(im: np.ndarray, layout: Layout) -> np.ndarray:
@@ -67,11 +72,14 @@ def draw(im: np.ndarray, layout: Layout) -> np.ndarray:
         corners = np.array(instance.box).reshape(2, 2)
         # The line runs inside the box, and never outside the picture.
         half = layout.line_width / 2
-        start, end = corners[0] + half - 0.5, corners[1] - half - 0.5
-        fixed = [tuple(np.rint(p * 2**SHIFT).astype(int).tolist()) for p in (start, end)]
+        fixed = (_fixed(corners[0] + half), _fixed(corners[1] - half))
         cv2.rectangle(
             canvas, *fixed, instance.colour[::-1], layout.line_width, cv2.LINE_AA, shift=SHIFT
         )
+    # Above every box: a figure says more than the edge that crosses it.
+    for instance in layout.instances:
+        if instance.pose is not None:
+            _draw_pose(canvas, instance.pose)
     return _draw_labels(canvas, layout)
 
 
@@ -80,30 +88,50 @@ def vis_one_image(
     path: str | Path,
     cls_boxes: Sequence,
     cls_segms: Sequence | None = None,
+    cls_keyps: Sequence | None = None,
     *,
     class_names: Sequence[str],
     thresh: float = 0.7,
-    merged_pdf: PdfPages | None = None,
+    kp_thresh: float = 2.0,
+    skeleton: Skeleton = PERSON_SKELETON,
 ) -> None:
     """Draw one image's detections into a file; its suffix says whether PDF, PNG or JPG.
 
     Args:
-        im: (H, W, 3) uint8 BGR; cls_boxes, cls_segms: as `core.test.im_detect_all` returns them.
+        im: (H, W, 3) uint8 BGR.
+        cls_boxes, cls_segms, cls_keyps: as `core.test.im_detect_all` returns them.
         class_names: by class index, the background first.
         thresh: detections that score less are left out.
-        merged_pdf: gets a copy of the page, if a PDF is written.
+        kp_thresh: keypoints whose logit is not above it are left out.
+        skeleton: which keypoints are joined.
     Raises:
         OSError: the file cannot be written.
     """
-    boxes, segms, classes = convert_from_cls_format(cls_boxes, cls_segms)
-    layout = lay_out(im.shape, boxes, classes, segms, class_names, thresh)
+    boxes, segms, keyps, classes = convert_from_cls_format(cls_boxes, cls_segms, cls_keyps)
+    layout = lay_out(
+        im.shape,
+        boxes,
+        classes,
+        segms,
+        class_names,
+        thresh,
+        keypoints=keyps,
+        kp_thresh=kp_thresh,
+        skeleton=skeleton,
+    )
+    write_picture(im, layout, path)
+
+
+def write_picture(im: np.ndarray, layout: Layout, path: str | Path) -> None:
+    """Write the picture of an image (H, W, 3) uint8 BGR: PDF, PNG or JPG, as the suffix says.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     path = Path(path)
     if path.suffix.lower() == ".pdf":
-        figure = page(im, layout)
-        with atomic_write(path) as file, PdfPages(file) as pdf:
-            pdf.savefig(figure)
-        if merged_pdf is not None:
-            merged_pdf.savefig(figure)
+        with atomic_write(path) as file:
+            write_page(im, layout, file)
         return
     done, encoded = cv2.imencode(path.suffix, draw(im, layout))
     if not done:
@@ -133,6 +161,21 @@ def _draw_mask(canvas: np.ndarray, instance: Instance, line_width: int) -> None:
         outline, fixed, True, instance.colour[::-1], max(1, line_width // 2), cv2.LINE_AA, SHIFT
     )
     region[:] = outline
+
+
+def _draw_pose(canvas: np.ndarray, pose: Pose) -> None:
+    for start, end, colour in pose.lines:
+        ends = (_fixed(start), _fixed(end))
+        cv2.line(canvas, *ends, colour[::-1], pose.line_width, cv2.LINE_AA, SHIFT)
+    for centre, colour in pose.points:
+        radius = pose.radius * 2**SHIFT
+        cv2.circle(canvas, _fixed(centre), radius, colour[::-1], -1, cv2.LINE_AA, SHIFT)
+
+
+def _fixed(point: np.ndarray) -> tuple[int, int]:
+    """A point of continuous coordinates as OpenCV counts: pixel centres are whole numbers."""
+    x, y = np.rint((point - 0.5) * 2**SHIFT).astype(int).tolist()
+    return x, y
 
 
 def _draw_labels(canvas: np.ndarray, layout: Layout) -> np.ndarray:

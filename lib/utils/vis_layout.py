@@ -18,6 +18,7 @@ import numpy as np
 from PIL import ImageFont
 
 from utils.segms import Segmentation, is_rle, polys_to_mask, rle_to_mask
+from utils.skeleton import PERSON_SKELETON, Colour, Skeleton
 
 MASK_ALPHA = 0.4
 LABEL_ALPHA = 0.85
@@ -25,8 +26,6 @@ LABEL_ALPHA = 0.85
 MIN_LONG_SIDE, MIN_HEIGHT, MIN_WIDTH = 600, 60, 160
 MAX_ENLARGED_SIDE = 8000
 FONT_FILE = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
-
-Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,16 @@ class Label:
 
 
 @dataclass(frozen=True)
+class Pose:
+    """The keypoints of one detection that are sure enough, in picture pixels."""
+
+    points: list[tuple[np.ndarray, Colour]]  # centres (2,)
+    lines: list[tuple[np.ndarray, np.ndarray, Colour]]  # ends (2,)
+    radius: int  # of the points
+    line_width: int
+
+
+@dataclass(frozen=True)
 class Instance:
     """One detection in picture pixels."""
 
@@ -54,6 +63,7 @@ class Instance:
     box: tuple[float, float, float, float]  # outer edges: left, top, right, bottom
     contours: list[np.ndarray]  # each (n, 2) float, outlines and holes together
     label: Label | None  # None where no place was left that covers no other label
+    pose: Pose | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,10 @@ def lay_out(
     segms: Sequence[Segmentation] | None,
     class_names: Sequence[str],
     thresh: float,
+    *,
+    keypoints: Sequence[np.ndarray] | None = None,
+    kp_thresh: float = 2.0,
+    skeleton: Skeleton = PERSON_SKELETON,
 ) -> Layout:
     """Decide what a picture shows and where.
 
@@ -95,6 +109,9 @@ def lay_out(
         boxes: (n, 5) `[x1, y1, x2, y2, score]` in image pixels, both ends inside.
         classes: n indices into class_names; segms: n RLEs or lists of polygons, or None.
         thresh: detections that score less are left out.
+        keypoints: n arrays (4, K) `x, y, logit, probability`, or None.
+        kp_thresh: points whose logit is not above it are left out, and the lines that end there.
+        skeleton: which points are joined.
     """
     height, width = im_shape[:2]
     longer = max(height, width)
@@ -115,16 +132,20 @@ def lay_out(
         labels[i] = _place(texts, outer[i], others, taken, (width, height), font_size)
     # Large ones first, so that nothing is hidden behind a larger object.
     area = (outer[:, 2] - outer[:, 0]) * (outer[:, 3] - outer[:, 1])
+    line_width = max(1, round(0.003 * size))
     instances = [
         Instance(
             class_colour(int(classes[i])),
             tuple(float(v) for v in outer[i]),
             [] if segms is None else _contours(segms[i], im_shape, scale),
             labels[i],
+            None
+            if keypoints is None
+            else _pose(keypoints[i], kp_thresh, skeleton, scale, line_width, area[i]),
         )
         for i in sorted(shown, key=lambda i: -area[i])
     ]
-    return Layout(width, height, max(1, round(0.003 * size)), font_size, instances)
+    return Layout(width, height, line_width, font_size, instances)
 
 
 def resized(im: np.ndarray, layout: Layout) -> np.ndarray:
@@ -193,3 +214,31 @@ def _contours(segm: Segmentation, im_shape: Sequence[int], scale: float) -> list
         crop = (cv2.resize(crop.astype(np.float32), size) > 0.5).astype(np.uint8)
     found, _ = cv2.findContours(crop, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_TC89_L1)
     return [contour.reshape(-1, 2) + offset * scale for contour in found]
+
+
+def _pose(
+    points: np.ndarray,
+    kp_thresh: float,
+    skeleton: Skeleton,
+    scale: float,
+    line_width: int,
+    area: float,
+) -> Pose:
+    """The sure ones of the points (4, K) of a detection whose box covers `area`."""
+    places = (points[:2].T + 0.5) * scale
+    sure = points[2] > kp_thresh
+    shown = [i for i in range(len(places)) if sure[i]]
+    lines = [
+        (places[list(a)].mean(axis=0), places[list(b)].mean(axis=0), colour)
+        for (a, b), colour in zip(skeleton.lines, skeleton.colours, strict=True)
+        if sure[[*a, *b]].all()
+    ]
+    # A small figure gets thin lines, or it would be all lines.
+    width = min(1.2 * line_width, 0.02 * area**0.5)
+    default = (255, 255, 255)
+    return Pose(
+        [(places[i], skeleton.point_colours.get(i, default)) for i in shown],
+        lines,
+        max(1, round(1.3 * width)),
+        max(1, round(width)),
+    )

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, PathPatch, Rectangle
 from matplotlib.path import Path as Outline
+from pypdf import PdfWriter
 
 from utils.vis_layout import (
     FONT_FILE,
@@ -15,16 +23,34 @@ from utils.vis_layout import (
     MASK_ALPHA,
     Colour,
     Layout,
+    Pose,
     resized,
     text_colour,
 )
+from utils.weights import atomic_write
 
 # With 72 pixels to the inch a point is a pixel, so that widths and font sizes carry over.
 DPI = 72
 
+# matplotlib does not promise that two threads may draw at once.
+_ONE_AT_A_TIME = threading.Lock()
 
-def page(im: np.ndarray, layout: Layout) -> Figure:
-    """A page of one picture, from its image (H, W, 3) uint8 BGR."""
+
+def write_page(im: np.ndarray, layout: Layout, file: BinaryIO) -> None:
+    """Write a PDF of one picture, from its image (H, W, 3) uint8 BGR; threads take turns."""
+    with _ONE_AT_A_TIME:
+        _page(im, layout).savefig(file, format="pdf")
+
+
+def merge_pdfs(pages: Iterable[Path], merged: Path) -> None:
+    """Put the pages of several PDFs into one, in this order."""
+    with atomic_write(merged) as file, PdfWriter() as writer:
+        for path in pages:
+            writer.append(path)
+        writer.write(file)
+
+
+def _page(im: np.ndarray, layout: Layout) -> Figure:
     figure = Figure(figsize=(layout.width / DPI, layout.height / DPI), dpi=DPI)
     FigureCanvasPdf(figure)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -59,6 +85,9 @@ def page(im: np.ndarray, layout: Layout) -> Figure:
                 linewidth=width,
             )
         )
+    for instance in layout.instances:
+        if instance.pose is not None:
+            _add_pose(axes, instance.pose)
     font = FontProperties(fname=str(FONT_FILE), size=layout.font_size)
     for instance in layout.instances:
         if (label := instance.label) is None:
@@ -79,8 +108,17 @@ def page(im: np.ndarray, layout: Layout) -> Figure:
             color=_unit(text_colour(instance.colour)),
             fontproperties=font,
             verticalalignment="center_baseline",
+            parse_math=False,  # a "$" in a class's name is a dollar
         )
     return figure
+
+
+def _add_pose(axes: Axes, pose: Pose) -> None:
+    for start, end, colour in pose.lines:
+        xs, ys = zip(start, end, strict=True)
+        axes.add_artist(Line2D(xs, ys, color=_unit(colour), linewidth=pose.line_width))
+    for centre, colour in pose.points:
+        axes.add_artist(Circle(tuple(centre), pose.radius, color=_unit(colour), linewidth=0))
 
 
 def _unit(colour: Colour) -> tuple[float, float, float]:
