@@ -12,16 +12,20 @@ from torch import Tensor, nn
 
 import nn as mynn
 from core.config import cfg
+from core.errors import UserError
 from modeling.blobs import layer_blobs
 from modeling.ResNet import roi_res5_stage, stage_blobs
 from modeling.roi_head import RoIHead
 
 
 class keypoint_outputs(nn.Module):
-    """Heat-map logits (R, NUM_KEYPOINTS, S, S) of RoI features.
+    """Heat-map logits (R, NUM_KEYPOINTS, S, S) of RoI features, S being HEATMAP_SIZE.
 
     An optional deconvolution with ReLU (USE_DECONV), the predictor (a deconvolution with
     USE_DECONV_OUTPUT, else 1x1), and bilinear upsampling by UP_SCALE.
+
+    Raises:
+        UserError: in forward, when that makes maps of another size.
     """
 
     def __init__(self, dim_in: int) -> None:
@@ -59,7 +63,15 @@ class keypoint_outputs(nn.Module):
         if self.deconv is not None:
             x = F.relu_(self.deconv(x))
         x = self.classify(x).float()
-        return x if self.upsample is None else self.upsample(x)
+        x = x if self.upsample is None else self.upsample(x)
+        # Targets are bins of the configured size: bins outside the map would crash the device.
+        if x.shape[2] != cfg.KRCNN.HEATMAP_SIZE:
+            raise UserError(
+                f"KRCNN.HEATMAP_SIZE is {cfg.KRCNN.HEATMAP_SIZE}, but the heat maps are "
+                f"{x.shape[2]}x{x.shape[3]} after {cfg.KRCNN.ROI_KEYPOINTS_HEAD}: change it, or "
+                "KRCNN.ROI_XFORM_RESOLUTION, USE_DECONV, USE_DECONV_OUTPUT or UP_SCALE"
+            )
+        return x
 
 
 def keypoint_loss(

@@ -13,39 +13,82 @@ from torch import Tensor, nn
 
 import nn as mynn
 from core.config import cfg
+from core.errors import UserError
 from modeling.blobs import conv_norm_blobs, layer_blobs
 from modeling.ResNet import group_norm, roi_res5_stage, stage_blobs
 from modeling.roi_head import RoIHead
 
 
 class mask_rcnn_outputs(nn.Module):
-    """A 1x1 convolution to one mask a class (or one in all when class-agnostic)."""
+    """One mask a class (or one in all when class-agnostic) from RoI features.
+
+    The predictor is a 1x1 convolution, followed by bilinear upsampling by MRCNN.UPSAMPLE_RATIO; or,
+    with MRCNN.USE_FC_OUTPUT, one fully connected layer from the whole map to all M * M pixels. M is
+    MRCNN.RESOLUTION, and features are M / UPSAMPLE_RATIO on a side.
+    """
 
     def __init__(self, dim_in: int) -> None:
         super().__init__()
-        num_masks = cfg.MODEL.NUM_CLASSES if cfg.MRCNN.CLS_SPECIFIC_MASK else 1
-        self.classify = nn.Conv2d(dim_in, num_masks, 1)
-        init = mynn.init.conv_fill(cfg.MRCNN.CONV_INIT if num_masks > 1 else "GaussianFill", 0.001)
-        init(self.classify.weight.data)
+        self.num_masks = cfg.MODEL.NUM_CLASSES if cfg.MRCNN.CLS_SPECIFIC_MASK else 1
+        self.resolution, ratio = cfg.MRCNN.RESOLUTION, cfg.MRCNN.UPSAMPLE_RATIO
+        self.feature_size = self.resolution // ratio
+        self.upsample = None
+        if cfg.MRCNN.USE_FC_OUTPUT:
+            pixels = self.resolution**2
+            self.classify = nn.Linear(dim_in * self.feature_size**2, self.num_masks * pixels)
+        else:
+            self.classify = nn.Conv2d(dim_in, self.num_masks, 1)
+            if ratio > 1:
+                self.upsample = mynn.BilinearInterpolation2d(self.num_masks, ratio)
+        name = cfg.MRCNN.CONV_INIT if cfg.MRCNN.CLS_SPECIFIC_MASK else "GaussianFill"
+        mynn.init.conv_fill(name, 0.001)(self.classify.weight.data)
         nn.init.zeros_(self.classify.bias)
 
-    def detectron_weight_mapping(self) -> tuple[dict[str, str], list[str]]:
-        return layer_blobs("classify", "mask_fcn_logits"), []
+    def detectron_weight_mapping(self) -> tuple[dict[str, str | None], list[str]]:
+        mapping: dict[str, str | None] = dict(layer_blobs("classify", "mask_fcn_logits"))
+        if self.upsample is not None:  # fixed weights: nothing to load
+            mapping |= dict.fromkeys(("upsample.upconv.weight", "upsample.upconv.bias"))
+        return mapping, []
 
     def of_class(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Logits (R, M, M) of one class an RoI: features x (R, D, M, M), labels (R,) int64.
+        """Logits (R, M, M) of one class an RoI: features x (R, D, m, m), labels (R,) int64.
 
-        The predictor's other rows are not computed: in training only one of them has a loss.
+        A convolution's other rows are not computed: in training only one of them has a loss.
+
+        Raises:
+            UserError: the features are not M / UPSAMPLE_RATIO on a side.
         """
-        if self.classify.out_channels == 1:
-            return self.classify(x).squeeze(1).float()
+        if self.num_masks == 1:
+            return self._logits(x).squeeze(1)
+        if isinstance(self.classify, nn.Linear):
+            index = labels.view(-1, 1, 1, 1).expand(-1, 1, self.resolution, self.resolution)
+            return self._logits(x).gather(1, index).squeeze(1)
+        self._check_size(x)
         weight = self.classify.weight[:, :, 0, 0][labels].to(x.dtype)
-        logits = torch.bmm(weight.unsqueeze(1), x.flatten(2)).view(len(x), *x.shape[2:])
-        return logits.float() + self.classify.bias[labels].view(-1, 1, 1)
+        logits = torch.bmm(weight.unsqueeze(1), x.flatten(2)).view(len(x), 1, *x.shape[2:])
+        logits = logits.float() + self.classify.bias[labels].view(-1, 1, 1, 1)
+        return (logits if self.upsample is None else self.upsample(logits)).squeeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Probabilities (R, C or 1, M, M) of features x (R, D, M, M)."""
-        return self.classify(x).float().sigmoid()
+        """Probabilities (R, C or 1, M, M) of features x (R, D, m, m); raises as of_class()."""
+        return self._logits(x).sigmoid()
+
+    def _logits(self, x: Tensor) -> Tensor:
+        self._check_size(x)
+        if isinstance(self.classify, nn.Linear):
+            logits = self.classify(x.flatten(1)).float()
+            return logits.view(len(x), self.num_masks, self.resolution, self.resolution)
+        logits = self.classify(x).float()
+        return logits if self.upsample is None else self.upsample(logits)
+
+    def _check_size(self, x: Tensor) -> None:
+        if x.shape[2] != self.feature_size:
+            raise UserError(
+                f"{cfg.MRCNN.ROI_MASK_HEAD} makes maps of {x.shape[2]}x{x.shape[3]}, but "
+                f"MRCNN.RESOLUTION {self.resolution} with MRCNN.UPSAMPLE_RATIO "
+                f"{cfg.MRCNN.UPSAMPLE_RATIO} needs {self.feature_size}x{self.feature_size}: change "
+                "one of them, or MRCNN.ROI_XFORM_RESOLUTION"
+            )
 
 
 def mask_rcnn_loss(logits: Tensor, targets: Tensor, valid: Tensor, weight: float) -> Tensor:
