@@ -14,7 +14,13 @@ import utils.blob as blob_utils
 import utils.fpn as fpn_utils
 from core.config import cfg
 from core.errors import UserError
-from modeling import fast_rcnn_heads, keypoint_rcnn_heads, mask_rcnn_heads, rpn_heads
+from modeling import (
+    fast_rcnn_heads,
+    keypoint_rcnn_heads,
+    mask_rcnn_heads,
+    rfcn_heads,
+    rpn_heads,
+)
 from modeling.generate_proposals import Proposals
 from roi_data.fast_rcnn import RoIPool, SampledRoIs, roi_pool_of, sample_rois
 from roi_data.keypoint_rcnn import keypoint_targets
@@ -69,9 +75,10 @@ class Generalized_RCNN(nn.Module):
         self.rpn_maps = self.roi_maps = slice(None)
         if cfg.FPN.FPN_ON:
             finest = self.Conv_Body.min_level
-            self.rpn_maps = slice(
-                cfg.FPN.RPN_MIN_LEVEL - finest, cfg.FPN.RPN_MAX_LEVEL - finest + 1
-            )
+            levels = (finest, finest)  # the finest alone, unless MULTILEVEL_RPN
+            if cfg.FPN.MULTILEVEL_RPN:
+                levels = (cfg.FPN.RPN_MIN_LEVEL, cfg.FPN.RPN_MAX_LEVEL)
+            self.rpn_maps = slice(levels[0] - finest, levels[1] - finest + 1)
         if not cfg.MODEL.RPN_ONLY:
             self._add_roi_heads(dim_in, scale)
         if cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS:
@@ -84,15 +91,21 @@ class Generalized_RCNN(nn.Module):
 
     def _add_roi_heads(self, dim_in: int, scale: list[float] | float) -> None:
         """Heads on RoIs pooled from maps of dim_in channels; scale: each map's, coarse to fine."""
-        if cfg.FPN.FPN_ON:
+        if cfg.FPN.FPN_ON and not cfg.FPN.MULTILEVEL_ROIS:
+            scale = scale[-1]
+        elif cfg.FPN.FPN_ON:
             finest = self.Conv_Body.min_level
             self.roi_levels = (cfg.FPN.ROI_MIN_LEVEL, cfg.FPN.ROI_MAX_LEVEL)
             self.roi_maps = slice(self.roi_levels[0] - finest, self.roi_levels[1] - finest + 1)
             scale = scale[::-1][self.roi_maps][::-1]
-        self.Box_Head = get_func(cfg.FAST_RCNN.ROI_BOX_HEAD)(
-            dim_in, self.roi_feature_transform, scale
-        )
-        self.Box_Outs = fast_rcnn_heads.fast_rcnn_outputs(self.Box_Head.dim_out)
+        if cfg.MODEL.TYPE in rfcn_heads.TYPES:
+            self.Box_Head = rfcn_heads.rfcn_head(dim_in, self.roi_feature_transform, scale)
+            self.Box_Outs = rfcn_heads.rfcn_outputs()
+        else:
+            self.Box_Head = get_func(cfg.FAST_RCNN.ROI_BOX_HEAD)(
+                dim_in, self.roi_feature_transform, scale
+            )
+            self.Box_Outs = fast_rcnn_heads.fast_rcnn_outputs(self.Box_Head.dim_out)
         if cfg.MODEL.MASK_ON:
             self.Mask_Head = get_func(cfg.MRCNN.ROI_MASK_HEAD)(
                 dim_in, self.roi_feature_transform, scale
@@ -325,7 +338,8 @@ class Generalized_RCNN(nn.Module):
             blobs_in: maps (N, C, H, W), coarse to fine, or one map.
             rpn_ret: holds the RoIs (R, 5) under the name blob_rois; a negative batch index
                 marks an empty slot, whose features are 0.
-            method: RoIAlign, RoIPoolF or RoICrop (with cfg.CROP_RESIZE_WITH_MAX_POOL).
+            method: RoIAlign, RoIPoolF, RoICrop (with cfg.CROP_RESIZE_WITH_MAX_POOL) or PSRoIPool
+                (every cell from channels of its own: C is divided by resolution squared).
             spatial_scale: of each map, in their order.
             sampling_ratio: of RoIAlign.
 
@@ -352,6 +366,8 @@ class Generalized_RCNN(nn.Module):
         if method == "RoICrop":
             max_pool = cfg.CROP_RESIZE_WITH_MAX_POOL
             return ops.roi_crop(blobs_in, rois, resolution, spatial_scale, levels, max_pool)
+        if method == "PSRoIPool":
+            return ops.ps_roi_pool(blobs_in, rois, resolution, spatial_scale, levels)
         raise UserError(f"ROI_XFORM_METHOD {method!r} is not RoIAlign, RoIPoolF or RoICrop")
 
 
@@ -359,17 +375,9 @@ def _refuse_unsupported() -> None:
     """Raise UserError for what a config can ask for and is not there, lest it be ignored."""
     needed: dict[str, tuple[Any, Any]] = {
         "RETINANET.RETINANET_ON": (cfg.RETINANET.RETINANET_ON, False),
-        "FPN.EXTRA_CONV_LEVELS": (cfg.FPN.EXTRA_CONV_LEVELS, False),
     }
     if not cfg.MODEL.RPN_ONLY:
         needed["MODEL.FASTER_RCNN"] = (cfg.MODEL.FASTER_RCNN, True)
-    if cfg.FPN.FPN_ON and not cfg.MODEL.RPN_ONLY:
-        needed["FPN.MULTILEVEL_ROIS"] = (cfg.FPN.MULTILEVEL_ROIS, True)
-    if cfg.FPN.FPN_ON:
-        needed["FPN.MULTILEVEL_RPN"] = (cfg.FPN.MULTILEVEL_RPN, True)
-    if cfg.MODEL.MASK_ON:
-        needed["MRCNN.USE_FC_OUTPUT"] = (cfg.MRCNN.USE_FC_OUTPUT, False)
-        needed["MRCNN.UPSAMPLE_RATIO"] = (cfg.MRCNN.UPSAMPLE_RATIO, 1)
     for key, (value, only) in needed.items():
         if value != only:
             raise UserError(f"{key} {value} is not supported yet: set it to {only}")

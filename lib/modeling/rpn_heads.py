@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import cfg
+from core.errors import UserError
 from modeling import generate_proposals as gp
 from modeling.blobs import layer_blobs
 from modeling.generate_anchors import anchor_field, generate_anchors
@@ -14,9 +15,23 @@ from roi_data.rpn import RPNTargets
 
 
 def generic_rpn_outputs(dim_in: int, spatial_scale) -> nn.Module:
-    """The RPN that the config asks for (`FPN.MULTILEVEL_RPN` or not)."""
+    """The RPN that the config asks for (`FPN.MULTILEVEL_RPN` or not).
+
+    Args:
+        dim_in: channels of the maps.
+        spatial_scale: of the map; with a pyramid a list, coarse to fine.
+
+    Raises:
+        UserError: RPN.STRIDE is not that of the single map that the RPN runs on.
+    """
     if cfg.FPN.FPN_ON and cfg.FPN.MULTILEVEL_RPN:
         return fpn_rpn_outputs(dim_in)
+    finest = spatial_scale[-1] if isinstance(spatial_scale, list) else spatial_scale
+    if round(1 / finest) != cfg.RPN.STRIDE:
+        raise UserError(
+            f"RPN.STRIDE is {cfg.RPN.STRIDE}, but the features that MODEL.CONV_BODY "
+            f"{cfg.MODEL.CONV_BODY} gives the RPN have stride {round(1 / finest)}: set it to that"
+        )
     return single_scale_rpn_outputs(dim_in)
 
 
@@ -32,9 +47,10 @@ class _RPN(nn.Module):
     multilevel: bool
 
     def __init__(
-        self, dim_in: int, dim_out: int, cell_anchors: list, strides: list[int], names: list[str]
+        self, dim_in: int, cell_anchors: list, strides: list[int], names: list[str]
     ) -> None:
         super().__init__()
+        dim_out = dim_in if cfg.RPN.OUT_DIM_AS_IN_DIM else cfg.RPN.OUT_DIM
         self.strides, self.level_names = strides, names
         for name, cells in zip(names, cell_anchors, strict=True):
             # A buffer follows the model to its device; made anew there it would have to be copied.
@@ -139,7 +155,7 @@ class _RPN(nn.Module):
 
 
 class single_scale_rpn_outputs(_RPN):
-    """RPN on one feature map (C4 and C5 models)."""
+    """RPN on one feature map."""
 
     prefix = "RPN"
     blob_suffix = ""
@@ -148,8 +164,7 @@ class single_scale_rpn_outputs(_RPN):
     def __init__(self, dim_in: int) -> None:
         stride = cfg.RPN.STRIDE
         cells = generate_anchors(stride, cfg.RPN.SIZES, cfg.RPN.ASPECT_RATIOS)
-        dim_out = dim_in if cfg.RPN.OUT_DIM_AS_IN_DIM else cfg.RPN.OUT_DIM
-        super().__init__(dim_in, dim_out, [cells], [stride], [""])
+        super().__init__(dim_in, [cells], [stride], [""])
 
 
 class fpn_rpn_outputs(_RPN):
@@ -168,7 +183,7 @@ class fpn_rpn_outputs(_RPN):
             for stride in strides
         ]
         names = [f"_fpn{level}" for level in range(low, high + 1)]
-        super().__init__(dim_in, dim_in, cells, strides, names)
+        super().__init__(dim_in, cells, strides, names)
 
 
 def _proposal_options(mode) -> dict:
