@@ -19,6 +19,11 @@ LR_POLICIES = (
 WARM_UP_METHODS = ("constant", "linear")
 ROI_XFORM_METHODS = ("RoIPoolF", "RoICrop", "RoIAlign")
 CONV_INITS = ("GaussianFill", "MSRAFill")
+RFCN_TYPES = ("rfcn", "ResNet50_rfcn", "ResNet101_rfcn")
+MODEL_TYPES = ("", "generalized_rcnn", "retinanet", *RFCN_TYPES)
+BOX_HEURISTICS = ("ID", "AVG", "UNION")
+MASK_HEURISTICS = ("SOFT_AVG", "SOFT_MAX", "LOGIT_AVG")
+KEYPOINT_HEURISTICS = ("HM_AVG", "HM_MAX")
 
 
 def config_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
@@ -32,6 +37,8 @@ def config_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
     yield from _data_problems(cfg)
     yield from _schedule_problems(cfg)
     yield from _pyramid_problems(cfg)
+    yield from _upsampling_problems(cfg)
+    yield from _augmentation_problems(cfg)
     if cfg.MODEL.CONV_BODY:
         yield from _model_problems(cfg, complete)
         yield from _norm_problems(cfg)
@@ -40,6 +47,8 @@ def config_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
 
 def _choice_problems(cfg: AttrDict) -> Iterator[str]:
     choices = {
+        "MODEL.TYPE": (cfg.MODEL.TYPE, MODEL_TYPES),
+        "DATA_LOADER.ON_BAD_IMAGE": (cfg.DATA_LOADER.ON_BAD_IMAGE, ("raise", "skip")),
         "SOLVER.TYPE": (cfg.SOLVER.TYPE, SOLVER_TYPES),
         "SOLVER.LR_POLICY": (cfg.SOLVER.LR_POLICY, LR_POLICIES),
         "SOLVER.WARM_UP_METHOD": (cfg.SOLVER.WARM_UP_METHOD, WARM_UP_METHODS),
@@ -116,8 +125,11 @@ def _pyramid_problems(cfg: AttrDict) -> Iterator[str]:
     for key in ("MULTILEVEL_ROIS", "MULTILEVEL_RPN"):
         if fpn[key] and not fpn.FPN_ON:
             yield f"FPN.{key} needs a feature pyramid: set FPN.FPN_ON True and an FPN.* CONV_BODY"
-    if fpn.FPN_ON and body.startswith("ResNet."):
+    one_map = body.startswith(("ResNet.", "VGG")) or body.endswith("_P2only_body")
+    if fpn.FPN_ON and one_map:
         yield f"FPN.FPN_ON needs a backbone with a pyramid, but MODEL.CONV_BODY is {body}"
+    if body.startswith("FPN.") and not one_map and not fpn.FPN_ON:
+        yield f"MODEL.CONV_BODY {body} is a pyramid: set FPN.FPN_ON True"
     for low, high in (("ROI_MIN_LEVEL", "ROI_MAX_LEVEL"), ("RPN_MIN_LEVEL", "RPN_MAX_LEVEL")):
         if fpn[low] > fpn[high]:
             yield f"FPN.{low} ({fpn[low]}) must not exceed FPN.{high} ({fpn[high]})"
@@ -125,6 +137,46 @@ def _pyramid_problems(cfg: AttrDict) -> Iterator[str]:
             yield f"FPN.{low} is {fpn[low]} but must be a level of the backbone, 2 to 5"
         if fpn.FPN_ON and fpn[high] > 6 and not fpn.EXTRA_CONV_LEVELS:
             yield f"FPN.{high} {fpn[high]} needs FPN.EXTRA_CONV_LEVELS True: else 6 is the highest"
+
+
+def _augmentation_problems(cfg: AttrDict) -> Iterator[str]:
+    """What test-time augmentation cannot do. RetinaNet does not consult it."""
+    test = cfg.TEST
+    if cfg.RETINANET.RETINANET_ON:
+        return
+    if test.BBOX_AUG.ENABLED:
+        heuristics = test.BBOX_AUG.SCORE_HEUR, test.BBOX_AUG.COORD_HEUR
+        keys = f"TEST.BBOX_AUG.SCORE_HEUR {heuristics[0]} and COORD_HEUR {heuristics[1]}"
+        if set(heuristics) - set(BOX_HEURISTICS):
+            yield f"{keys} must each be one of {', '.join(BOX_HEURISTICS)}"
+        elif "UNION" in heuristics and heuristics[0] != heuristics[1]:
+            yield f"{keys} must both be UNION or neither"
+        elif cfg.RPN.RPN_ON and "UNION" not in heuristics:
+            yield (
+                f"{keys} need the same proposals in every view; a model with an RPN "
+                "(MODEL.FASTER_RCNN) makes other ones for each: set both to UNION"
+            )
+    for name, allowed in (("MASK_AUG", MASK_HEURISTICS), ("KPS_AUG", KEYPOINT_HEURISTICS)):
+        if test[name].ENABLED and test[name].HEUR not in allowed:
+            yield f"TEST.{name}.HEUR is {test[name].HEUR} but must be one of {', '.join(allowed)}"
+    for name in ("BBOX_AUG", "MASK_AUG"):
+        if test[name].ENABLED and test[name].SCALE_SIZE_DEP:
+            yield f"TEST.{name}.SCALE_SIZE_DEP has no meaning but for keypoints: set it to False"
+    for name in ("BBOX_AUG", "MASK_AUG", "KPS_AUG"):
+        numbers = (*test[name].SCALES, *test[name].ASPECT_RATIOS)
+        if test[name].ENABLED and not all(number > 0 for number in numbers):
+            yield f"TEST.{name}.SCALES and ASPECT_RATIOS must be positive numbers"
+
+
+def _upsampling_problems(cfg: AttrDict) -> Iterator[str]:
+    ratio, resolution, scale = cfg.MRCNN.UPSAMPLE_RATIO, cfg.MRCNN.RESOLUTION, cfg.KRCNN.UP_SCALE
+    if cfg.MODEL.MASK_ON and ratio != 1 and (ratio < 1 or ratio % 2 or resolution % ratio):
+        yield (
+            f"MRCNN.UPSAMPLE_RATIO is {ratio} but must be 1, or an even number that divides "
+            f"MRCNN.RESOLUTION ({resolution})"
+        )
+    if cfg.MODEL.KEYPOINTS_ON and scale > 1 and scale % 2:
+        yield f"KRCNN.UP_SCALE is {scale} but must be even, or -1 for none"
 
 
 def _model_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
@@ -137,19 +189,24 @@ def _model_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
         )
     if model.RPN_ONLY and (model.FASTER_RCNN or model.MASK_ON or model.KEYPOINTS_ON):
         yield "MODEL.RPN_ONLY excludes MODEL.FASTER_RCNN, MODEL.MASK_ON and MODEL.KEYPOINTS_ON"
-    if not model.RPN_ONLY and not cfg.RETINANET.RETINANET_ON and not cfg.FAST_RCNN.ROI_BOX_HEAD:
+    is_rfcn = model.TYPE in RFCN_TYPES
+    has_box_head = not (model.RPN_ONLY or cfg.RETINANET.RETINANET_ON or is_rfcn)
+    if has_box_head and not cfg.FAST_RCNN.ROI_BOX_HEAD:
         yield "FAST_RCNN.ROI_BOX_HEAD is empty; name a box head or set MODEL.RPN_ONLY True"
     if model.MASK_ON and not cfg.MRCNN.ROI_MASK_HEAD:
         yield "MODEL.MASK_ON needs a mask head: set MRCNN.ROI_MASK_HEAD"
     if model.KEYPOINTS_ON and not cfg.KRCNN.ROI_KEYPOINTS_HEAD:
         yield "MODEL.KEYPOINTS_ON needs a key point head: set KRCNN.ROI_KEYPOINTS_HEAD"
-    if model.SHARE_RES5 and not cfg.FAST_RCNN.ROI_BOX_HEAD.endswith("roi_conv5_head"):
+    box_head = (
+        "MODEL.TYPE rfcn" if is_rfcn else f"FAST_RCNN.ROI_BOX_HEAD {cfg.FAST_RCNN.ROI_BOX_HEAD}"
+    )
+    if model.SHARE_RES5 and not box_head.endswith("roi_conv5_head"):
         yield (
             f"MRCNN.ROI_MASK_HEAD {cfg.MRCNN.ROI_MASK_HEAD} shares its res5 with the box head, "
-            f"but FAST_RCNN.ROI_BOX_HEAD {cfg.FAST_RCNN.ROI_BOX_HEAD} has none"
+            f"but {box_head} has none"
         )
-    needs_weights = model.LOAD_IMAGENET_PRETRAINED_WEIGHTS and "ResNet" in model.CONV_BODY
-    if needs_weights and not cfg.RESNETS.IMAGENET_PRETRAINED_WEIGHTS:
+    load_weights = model.LOAD_IMAGENET_PRETRAINED_WEIGHTS
+    if load_weights and not cfg.RESNETS.IMAGENET_PRETRAINED_WEIGHTS:
         yield (
             "RESNETS.IMAGENET_PRETRAINED_WEIGHTS is empty; name the weights' file, or do without "
             "by MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS False"
