@@ -19,8 +19,7 @@ LR_POLICIES = (
 WARM_UP_METHODS = ("constant", "linear")
 ROI_XFORM_METHODS = ("RoIPoolF", "RoICrop", "RoIAlign")
 CONV_INITS = ("GaussianFill", "MSRAFill")
-RFCN_TYPES = ("rfcn", "ResNet50_rfcn", "ResNet101_rfcn")
-MODEL_TYPES = ("", "generalized_rcnn", "retinanet", *RFCN_TYPES)
+MODEL_TYPES = ("", "generalized_rcnn", "retinanet", "rfcn", "ResNet50_rfcn", "ResNet101_rfcn")
 BOX_HEURISTICS = ("ID", "AVG", "UNION")
 MASK_HEURISTICS = ("SOFT_AVG", "SOFT_MAX", "LOGIT_AVG")
 KEYPOINT_HEURISTICS = ("HM_AVG", "HM_MAX")
@@ -189,7 +188,7 @@ def _model_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
         )
     if model.RPN_ONLY and (model.FASTER_RCNN or model.MASK_ON or model.KEYPOINTS_ON):
         yield "MODEL.RPN_ONLY excludes MODEL.FASTER_RCNN, MODEL.MASK_ON and MODEL.KEYPOINTS_ON"
-    is_rfcn = model.TYPE in RFCN_TYPES
+    is_rfcn = model.TYPE.endswith("rfcn")
     has_box_head = not (model.RPN_ONLY or cfg.RETINANET.RETINANET_ON or is_rfcn)
     if has_box_head and not cfg.FAST_RCNN.ROI_BOX_HEAD:
         yield "FAST_RCNN.ROI_BOX_HEAD is empty; name a box head or set MODEL.RPN_ONLY True"

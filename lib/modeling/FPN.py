@@ -26,6 +26,18 @@ def fpn_ResNet152_conv5_body() -> fpn:
     return fpn(ResNet.ResNet152_conv5_body)
 
 
+def fpn_ResNet50_conv5_P2only_body() -> fpn_P2only:
+    return fpn_P2only(ResNet.ResNet50_conv5_body)
+
+
+def fpn_ResNet101_conv5_P2only_body() -> fpn_P2only:
+    return fpn_P2only(ResNet.ResNet101_conv5_body)
+
+
+def fpn_ResNet152_conv5_P2only_body() -> fpn_P2only:
+    return fpn_P2only(ResNet.ResNet152_conv5_body)
+
+
 def get_min_max_levels() -> tuple[int, int]:
     """Finest and coarsest pyramid level that the RPN or the RoI heads use."""
     levels = []
@@ -70,12 +82,16 @@ class fpn(nn.Module):
         self.conv_body = conv_body
         self.spatial_scale = [1.0 / 2**k for k in range(self.max_level, self.min_level - 1, -1)]
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def top_down(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The backbone's stages, and each with what the coarser ones hand down; coarse to fine."""
         stages = self.conv_body.stages(x)[::-1]
-        top = self.conv_top(stages[0])
-        inner = [top]
+        inner = [self.conv_top(stages[0])]
         for module, lateral in zip(self.topdown_lateral_modules, stages[1:], strict=False):
             inner.append(module(inner[-1], lateral))
+        return stages, inner
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        stages, inner = self.top_down(x)
         out = [module(x) for module, x in zip(self.posthoc_modules, inner, strict=True)]
         for i, conv in enumerate(self.extra_pyramid_modules):
             out.insert(0, conv(F.relu(out[0]) if i else stages[0]))
@@ -99,6 +115,24 @@ class fpn(nn.Module):
             blob = f"fpn_{HIGHEST_BACKBONE_LVL + 1 + i}"
             mapping |= layer_blobs(f"extra_pyramid_modules.{i}", blob)
         return mapping, orphans
+
+
+class fpn_P2only(fpn):
+    """A pyramid of which only the finest level is used, with FPN.FPN_ON False.
+
+    `forward` returns one map (N, FPN.DIM, H / 4, W / 4); `spatial_scale` is a number. The coarser
+    levels' output convolutions are there, as in Detectron's files, but frozen: nothing uses them.
+    """
+
+    def __init__(self, conv_body_func) -> None:
+        super().__init__(conv_body_func)
+        self.spatial_scale = self.spatial_scale[-1]
+        for module in self.posthoc_modules[:-1]:
+            module.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, inner = self.top_down(x)
+        return self.posthoc_modules[-1](inner[-1])
 
 
 class topdown_lateral_module(nn.Module):

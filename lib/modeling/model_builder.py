@@ -49,14 +49,16 @@ def get_func(name: str) -> Callable:
 
 
 class Generalized_RCNN(nn.Module):
-    """Faster, Mask and Keypoint R-CNN or an RPN alone, with or without a feature pyramid, as the
-    config says.
+    """Fast, Faster, Mask and Keypoint R-CNN or an RPN alone, with or without a feature pyramid, as
+    the config says.
 
     Train mode: `model(**batch)` for a batch of `roi_data.loader` returns `{'losses': {...},
     'metrics': {...}}`, all scalars on the model's device; the forward does not wait for the
     device. Eval mode: `model(data, im_info)` returns `rois` (R, 5) in network-input pixels,
     `cls_score` (R, C) probabilities, `bbox_pred` (R, 4C) deltas and `blob_conv`; with
     MODEL.RPN_ONLY `rois` and `rpn_roi_probs` (R,). `propose()` gives the proposals by image.
+    A model without an RPN (MODEL.FASTER_RCNN False) trains from the batch's `proposals` and is
+    tested as `model(data, im_info, rois=...)`.
 
     Raises:
         UserError: the config asks for what is not there, or ImageNet weights are missing.
@@ -69,7 +71,8 @@ class Generalized_RCNN(nn.Module):
         self.register_buffer("pixel_means", means, persistent=False)
         self.Conv_Body = get_func(cfg.MODEL.CONV_BODY)()
         dim_in, scale = self.Conv_Body.dim_out, self.Conv_Body.spatial_scale
-        self.RPN = rpn_heads.generic_rpn_outputs(dim_in, scale)
+        if cfg.MODEL.FASTER_RCNN or cfg.MODEL.RPN_ONLY:
+            self.RPN = rpn_heads.generic_rpn_outputs(dim_in, scale)
         self.roi_levels = None
         # Maps (fine to coarse) that the RPN and the RoI heads use: all of them without a pyramid.
         self.rpn_maps = self.roi_maps = slice(None)
@@ -98,7 +101,7 @@ class Generalized_RCNN(nn.Module):
             self.roi_levels = (cfg.FPN.ROI_MIN_LEVEL, cfg.FPN.ROI_MAX_LEVEL)
             self.roi_maps = slice(self.roi_levels[0] - finest, self.roi_levels[1] - finest + 1)
             scale = scale[::-1][self.roi_maps][::-1]
-        if cfg.MODEL.TYPE in rfcn_heads.TYPES:
+        if cfg.MODEL.TYPE.endswith("rfcn"):
             self.Box_Head = rfcn_heads.rfcn_head(dim_in, self.roi_feature_transform, scale)
             self.Box_Outs = rfcn_heads.rfcn_outputs()
         else:
@@ -130,18 +133,19 @@ class Generalized_RCNN(nn.Module):
             orphans.extend(child_orphans)
         return mapping, orphans
 
-    def forward(self, data: Tensor, im_info: Tensor, **ground_truth) -> dict:
+    def forward(self, data: Tensor, im_info: Tensor, **inputs) -> dict:
         if self.training:
-            return self._forward_train(data, im_info, **ground_truth)
-        return self._forward_test(data, im_info)
+            return self._forward_train(data, im_info, **inputs)
+        return self._forward_test(data, im_info, **inputs)
 
-    def _forward_test(self, data: Tensor, im_info: Tensor) -> dict:
+    def _forward_test(self, data: Tensor, im_info: Tensor, rois: Tensor | None = None) -> dict:
         features = self._features(data)
-        proposals = self._proposals(features, im_info)
-        rois = _as_rois(proposals.boxes, proposals.valid)
-        rois = rois[proposals.valid.flatten()]
-        if cfg.MODEL.RPN_ONLY:
-            return {"rois": rois, "rpn_roi_probs": proposals.scores[proposals.valid]}
+        if rois is None:
+            proposals = self._proposals(features, im_info)
+            rois = _as_rois(proposals.boxes, proposals.valid)
+            rois = rois[proposals.valid.flatten()]
+            if cfg.MODEL.RPN_ONLY:
+                return {"rois": rois, "rpn_roi_probs": proposals.scores[proposals.valid]}
         blob_conv = self._roi_maps(features)
         cls_score, bbox_pred = self.Box_Outs(self.Box_Head(blob_conv, {"rois": rois}))
         return {
@@ -162,33 +166,39 @@ class Generalized_RCNN(nn.Module):
         gt_classes: Tensor,
         gt_crowd: Tensor,
         gt_keypoints: Tensor | None = None,
+        proposals: Tensor | None = None,
+        proposals_valid: Tensor | None = None,
         image_ids: list | None = None,
         **gt_masks: Tensor,
     ) -> dict:
         data = blob_utils.images_to_blob(data, im_meta, blob_size, self.pixel_means)
         features = self._features(data)
-        logits, deltas = self.RPN.predict(features[self.rpn_maps])
         scale = im_info[:, 2].view(-1, 1, 1)
         gt_own = (gt_classes > 0) & ~gt_crowd
-        targets = rpn_targets(
-            torch.cat(self.RPN.anchors(logits)),
-            gt_boxes * scale,
-            gt_own,
-            im_info,
-            positive_overlap=cfg.TRAIN.RPN_POSITIVE_OVERLAP,
-            negative_overlap=cfg.TRAIN.RPN_NEGATIVE_OVERLAP,
-            batch_size=cfg.TRAIN.RPN_BATCH_SIZE_PER_IM,
-            fg_fraction=cfg.TRAIN.RPN_FG_FRACTION,
-            straddle_thresh=cfg.TRAIN.RPN_STRADDLE_THRESH,
-        )
-        losses = self.RPN.losses(logits, deltas, targets)
-        if cfg.MODEL.RPN_ONLY:
-            return {"losses": losses, "metrics": {}}
-        proposals = self.RPN.propose(logits, deltas, im_info)
+        losses: dict[str, Tensor] = {}
+        from_files = not (cfg.MODEL.FASTER_RCNN or cfg.MODEL.RPN_ONLY)
+        if not from_files:
+            logits, deltas = self.RPN.predict(features[self.rpn_maps])
+            targets = rpn_targets(
+                torch.cat(self.RPN.anchors(logits)),
+                gt_boxes * scale,
+                gt_own,
+                im_info,
+                positive_overlap=cfg.TRAIN.RPN_POSITIVE_OVERLAP,
+                negative_overlap=cfg.TRAIN.RPN_NEGATIVE_OVERLAP,
+                batch_size=cfg.TRAIN.RPN_BATCH_SIZE_PER_IM,
+                fg_fraction=cfg.TRAIN.RPN_FG_FRACTION,
+                straddle_thresh=cfg.TRAIN.RPN_STRADDLE_THRESH,
+            )
+            losses |= self.RPN.losses(logits, deltas, targets)
+            if cfg.MODEL.RPN_ONLY:
+                return {"losses": losses, "metrics": {}}
+            found = self.RPN.propose(logits, deltas, im_info)
+            proposals, proposals_valid = found.boxes * (1.0 / scale), found.valid
+        elif proposals is None:  # the files have none for any of the images
+            proposals, proposals_valid = gt_boxes[:, :0], gt_own[:, :0]
         # Matching is done in the original image's frame, pooling in the network's.
-        pool = roi_pool_of(
-            proposals.boxes * (1.0 / scale), proposals.valid, gt_boxes, gt_classes, gt_crowd
-        )
+        pool = roi_pool_of(proposals, proposals_valid, gt_boxes, gt_classes, gt_crowd)
         sampled = sample_rois(
             pool,
             gt_boxes,
@@ -197,7 +207,10 @@ class Generalized_RCNN(nn.Module):
             fg_thresh=cfg.TRAIN.FG_THRESH,
             bg_thresh_hi=cfg.TRAIN.BG_THRESH_HI,
             bg_thresh_lo=cfg.TRAIN.BG_THRESH_LO,
+            bbox_thresh=cfg.TRAIN.BBOX_THRESH,
             bbox_reg_weights=cfg.MODEL.BBOX_REG_WEIGHTS,
+            # Detectron regresses file proposals to objects only, not to crowd regions.
+            regress_to=gt_own if from_files else None,
         )
         rois = _as_rois(sampled.boxes * scale, sampled.valid)
         blob_conv = self._roi_maps(features)
@@ -210,6 +223,7 @@ class Generalized_RCNN(nn.Module):
             sampled.labels.flatten(),
             sampled.valid.flatten(),
             sampled.bbox_targets.flatten(0, 1),
+            sampled.regressed.flatten(),
         )
         if cfg.MODEL.MASK_ON:
             masks = GroundTruthMasks(**gt_masks)
@@ -376,8 +390,6 @@ def _refuse_unsupported() -> None:
     needed: dict[str, tuple[Any, Any]] = {
         "RETINANET.RETINANET_ON": (cfg.RETINANET.RETINANET_ON, False),
     }
-    if not cfg.MODEL.RPN_ONLY:
-        needed["MODEL.FASTER_RCNN"] = (cfg.MODEL.FASTER_RCNN, True)
     for key, (value, only) in needed.items():
         if value != only:
             raise UserError(f"{key} {value} is not supported yet: set it to {only}")

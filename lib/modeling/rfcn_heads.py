@@ -14,8 +14,6 @@ from core.config import cfg
 from modeling.blobs import layer_blobs
 from modeling.roi_head import RoIHead
 
-REDUCED_TYPES = ("ResNet50_rfcn", "ResNet101_rfcn")
-TYPES = ("rfcn", *REDUCED_TYPES)
 REDUCED_DIM = 1024
 
 
@@ -37,7 +35,7 @@ class rfcn_head(RoIHead):
         num_classes = cfg.MODEL.NUM_CLASSES
         slots = 2 if cfg.MODEL.CLS_AGNOSTIC_BBOX_REG else num_classes
         self.conv_dim_reduce = None
-        if cfg.MODEL.TYPE in REDUCED_TYPES:
+        if cfg.MODEL.TYPE != "rfcn":
             self.conv_dim_reduce = _conv1x1(dim_in, REDUCED_DIM)
             dim_in = REDUCED_DIM
         self.conv_cls = _conv1x1(dim_in, num_classes * cells)

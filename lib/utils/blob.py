@@ -33,8 +33,12 @@ def padded_size(sizes: Sequence[tuple[int, int]], stride: int) -> tuple[int, int
 
 
 def coarsest_stride() -> int:
-    """What the padded size must be a multiple of: FPN.COARSEST_STRIDE, or 1 without FPN."""
-    return int(cfg.FPN.COARSEST_STRIDE) if cfg.FPN.FPN_ON else 1
+    """What the padded size must be a multiple of: FPN.COARSEST_STRIDE, or 1 without a pyramid.
+
+    A backbone that keeps only the finest level (P2only, without FPN.FPN_ON) has a pyramid inside.
+    """
+    has_pyramid = cfg.FPN.FPN_ON or cfg.MODEL.CONV_BODY.startswith("FPN.")
+    return int(cfg.FPN.COARSEST_STRIDE) if has_pyramid else 1
 
 
 def image_meta(
