@@ -50,6 +50,7 @@ def fast_rcnn_losses(
     labels: Tensor,
     valid: Tensor,
     bbox_targets: Tensor,
+    regressed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`loss_cls`, `loss_bbox` and `accuracy_cls` of R RoI slots.
 
@@ -59,6 +60,7 @@ def fast_rcnn_losses(
         labels: (R,) int64, 0 background.
         valid: (R,) bool; empty slots count for nothing.
         bbox_targets: (R, 4) deltas of the foreground, in the columns of its class.
+        regressed: (R,) bool, which of the foreground learns deltas; all of it by default.
 
     Returns:
         Cross entropy, mean over the RoIs; smooth L1 (beta 1), sum over the foreground divided
@@ -71,7 +73,7 @@ def fast_rcnn_losses(
     slot = labels.clamp(max=slots.shape[1] - 1)  # class-agnostic: slot 1 serves every class
     pred = slots.gather(1, slot.view(-1, 1, 1).expand(-1, 1, 4)).squeeze(1)
     smooth_l1 = F.smooth_l1_loss(pred, bbox_targets, reduction="none").sum(dim=1)
-    foreground = (labels > 0) & valid
+    foreground = (labels > 0) & valid if regressed is None else regressed
     with torch.no_grad():
         accuracy = ((cls_score.argmax(dim=1) == labels) * used).sum() / count
     return (

@@ -35,6 +35,7 @@ class SampledRoIs(NamedTuple):
         valid: (N, S) bool, slots that hold an RoI.
         gt_index: (N, S) int64, the matched ground truth.
         bbox_targets: (N, S, 4) float32 deltas of the foreground times BBOX_REG_WEIGHTS.
+        regressed: (N, S) bool, the foreground whose deltas are learned.
     """
 
     boxes: Tensor
@@ -42,6 +43,7 @@ class SampledRoIs(NamedTuple):
     valid: Tensor
     gt_index: Tensor
     bbox_targets: Tensor
+    regressed: Tensor
 
     @property
     def foreground(self) -> Tensor:
@@ -82,7 +84,9 @@ def sample_rois(
     fg_thresh: float,
     bg_thresh_hi: float,
     bg_thresh_lo: float,
+    bbox_thresh: float,
     bbox_reg_weights: tuple[float, ...],
+    regress_to: Tensor | None = None,
 ) -> SampledRoIs:
     """Draw `batch_size` RoIs an image from the pool, with targets.
 
@@ -93,7 +97,10 @@ def sample_rois(
             background fills the rest; both without replacement.
         fg_thresh, bg_thresh_hi, bg_thresh_lo: foreground has IoU >= fg_thresh, background
             lies in [bg_thresh_lo, bg_thresh_hi).
+        bbox_thresh: IoU from which on foreground learns deltas (TRAIN.BBOX_THRESH).
         bbox_reg_weights: MODEL.BBOX_REG_WEIGHTS.
+        regress_to: (N, G) bool, the ground truth that deltas may lead to; by default they lead to
+            that of the best IoU, crowd regions included.
 
     Source: Fast R-CNN, section 2.3, as Detectron samples (matching in the original image).
     """
@@ -107,10 +114,19 @@ def sample_rois(
     )
     boxes = pool.boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
     gt_index = pool.gt_index.gather(1, index)
-    foreground = valid & (pool.max_overlap.gather(1, index) >= fg_thresh)
+    overlap = pool.max_overlap.gather(1, index)
+    foreground = valid & (overlap >= fg_thresh)
     labels = torch.where(foreground, pool.gt_class.gather(1, index), 0)
-    targets = bbox_targets(boxes, gt_boxes, gt_index, labels > 0, bbox_reg_weights)
-    return SampledRoIs(boxes, labels, valid, gt_index, targets)
+    regressed = (labels > 0) & (overlap >= bbox_thresh)
+    goal = gt_index
+    if regress_to is not None:
+        overlaps = box_utils.bbox_overlaps(boxes, gt_boxes)
+        goal = torch.where(regress_to.unsqueeze(1), overlaps, -1.0).argmax(dim=2)
+        # A ground truth is its own goal, also where another has the same box.
+        goal = torch.where(index < gt_boxes.shape[1], gt_index, goal)
+        regressed = regressed & regress_to.any(dim=1, keepdim=True)
+    targets = bbox_targets(boxes, gt_boxes, goal, regressed, bbox_reg_weights)
+    return SampledRoIs(boxes, labels, valid, gt_index, targets, regressed)
 
 
 def match_rois(

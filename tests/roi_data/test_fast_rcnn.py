@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import utils.boxes as box_utils
 from roi_data.fast_rcnn import bbox_targets, draw_rois, match_rois, roi_pool_of, sample_rois
 
 OPTIONS = {
@@ -14,6 +15,7 @@ OPTIONS = {
     "fg_thresh": 0.5,
     "bg_thresh_hi": 0.5,
     "bg_thresh_lo": 0.0,
+    "bbox_thresh": 0.5,
     "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0),
 }
 CASES = [
@@ -129,6 +131,51 @@ def test_sampling_keeps_its_invariants():
     assert set(sampled.labels[0].tolist()) == {0, 3, 7}
     assert not (sampled.boxes[0] == gt[0, 1]).all(dim=1).any()
     assert (sampled.bbox_targets[~sampled.foreground] == 0).all()
+
+
+def deltas_slowly(box, goal) -> list[float]:
+    (x, y, w, h), (gx, gy, gw, gh) = (
+        (b[0] + 0.5 * (b[2] - b[0] + 1), b[1] + 0.5 * (b[3] - b[1] + 1), b[2] - b[0] + 1,
+         b[3] - b[1] + 1)
+        for b in (box, goal)
+    )  # fmt: skip
+    return [10 * (gx - x) / w, 10 * (gy - y) / h, 5 * np.log(gw / w), 5 * np.log(gh / h)]
+
+
+def test_file_proposals_are_regressed_to_objects_only():
+    """As e2e the crowd gives the class, but the deltas lead to the best object."""
+    torch.manual_seed(0)
+    boxes, valid, gt, classes, crowd = scene()
+    own = (classes > 0) & ~crowd
+    pool = roi_pool_of(boxes, valid, gt, classes, crowd)
+    sampled = sample_rois(pool, gt, **OPTIONS, regress_to=own)
+    on_crowd = 0
+    for image, rois in enumerate(sampled.boxes):
+        for row in sampled.foreground[image].nonzero()[:, 0]:
+            label, box = int(sampled.labels[image, row]), rois[row].tolist()
+            on_crowd += label == 7
+            # each image has one object
+            goal = deltas_slowly(box, gt[image, 0].tolist())
+            np.testing.assert_allclose(
+                sampled.bbox_targets[image, row].numpy(), goal, rtol=1e-4, atol=1e-4
+            )
+    assert on_crowd > 3
+    assert (sampled.regressed == sampled.foreground).all()
+    only_crowd = torch.zeros_like(own)
+    assert not sample_rois(pool, gt, **OPTIONS, regress_to=only_crowd).regressed.any()
+
+
+def test_deltas_are_learned_from_bbox_thresh_on():
+    torch.manual_seed(0)
+    boxes, valid, gt, classes, crowd = scene()
+    pool = roi_pool_of(boxes, valid, gt, classes, crowd)
+    sampled = sample_rois(pool, gt, **{**OPTIONS, "bbox_thresh": 0.75})
+    for image in range(2):
+        for row in sampled.foreground[image].nonzero()[:, 0]:
+            box, goal = sampled.boxes[image, row], gt[image, sampled.gt_index[image, row]]
+            iou = box_utils.bbox_overlaps(box[None], goal[None]).item()
+            assert bool(sampled.regressed[image, row]) == (iou >= 0.75)
+    assert 0 < sampled.regressed.sum() < sampled.foreground.sum()
 
 
 def test_few_proposals_leave_empty_slots():
