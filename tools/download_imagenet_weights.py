@@ -8,7 +8,7 @@ from pathlib import Path
 
 import _init_paths  # noqa: F401  (puts lib/ on the path)
 from core.errors import exit_on_user_error
-from utils.io import download
+from utils.download import download
 from utils.logging import setup_logging
 from utils.net import read_ckpt
 from utils.weights import read_detectron_blobs

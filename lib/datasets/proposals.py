@@ -15,7 +15,7 @@ import utils.boxes as box_utils
 from core.config import cfg
 from core.errors import UserError
 from datasets.entry import RoidbEntry, set_overlaps
-from utils.io import download
+from utils.download import download
 from utils.weights import unpickle_data
 
 logger = logging.getLogger(__name__)
