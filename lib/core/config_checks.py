@@ -57,6 +57,10 @@ def _choice_problems(cfg: AttrDict) -> Iterator[str]:
         "MRCNN.CONV_INIT": (cfg.MRCNN.CONV_INIT, CONV_INITS),
         "KRCNN.CONV_INIT": (cfg.KRCNN.CONV_INIT, CONV_INITS),
         "RPN.CLS_ACTIVATION": (cfg.RPN.CLS_ACTIVATION, ("sigmoid", "softmax")),
+        "RESNETS.IMAGENET_PRETRAINED_PIXELS": (
+            cfg.RESNETS.IMAGENET_PRETRAINED_PIXELS,
+            ("auto", "bgr255", "rgb1"),
+        ),
         "RESNETS.FREEZE_AT": (cfg.RESNETS.FREEZE_AT, (0, 2, 3, 4, 5)),
     }
     for key, (value, allowed) in choices.items():

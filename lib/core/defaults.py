@@ -58,11 +58,14 @@ TRAIN = AttrDict(
     RPN_MIN_SIZE=0,  # drop proposals with a side below this (pixels of the original image)
     # -- the rest
     SNAPSHOT_ITERS=20000,  # steps between checkpoints, divided by NUM_GPUS
+    KEEP_CHECKPOINTS=0,  # so many of the last ones; 0 keeps all
+    MAX_BAD_STEPS=0,  # steps that are left out for a loss that is not finite; one more ends it
     FREEZE_CONV_BODY=False,  # train the heads only
 )
 
 DATA_LOADER = AttrDict(
     NUM_THREADS=4,  # worker processes that read images; 0 reads in the main process
+    ON_BAD_IMAGE="raise",  # an image that cannot be read: raise stops, skip takes another
 )
 
 BBOX_AUG = AttrDict(
@@ -161,6 +164,7 @@ MODEL = AttrDict(
     SHARE_RES5=False,  # inferred: mask and box head share their res5 stage
     LOAD_IMAGENET_PRETRAINED_WEIGHTS=True,  # start the backbone from ImageNet weights
     UNSUPERVISED_POSE=False,  # kept for old configs
+    COMPILE=False,  # training: compile backbone and heads with torch.compile
 )
 
 RETINANET = AttrDict(
@@ -231,12 +235,12 @@ FPN = AttrDict(
     DIM=256,  # channels of its levels
     ZERO_INIT_LATERAL=False,  # start with silent lateral connections
     COARSEST_STRIDE=32,  # image batches are padded to a multiple of this
-    MULTILEVEL_ROIS=False,  # pool each RoI from the level that suits its size
+    MULTILEVEL_ROIS=False,  # pool each RoI from the level that suits its size, not the finest
     ROI_CANONICAL_SCALE=224,  # an RoI of this size ...
     ROI_CANONICAL_LEVEL=4,  # ... belongs to this level
     ROI_MAX_LEVEL=5,  # coarsest level that RoIs are pooled from
     ROI_MIN_LEVEL=2,  # finest level that RoIs are pooled from
-    MULTILEVEL_RPN=False,  # run the RPN on every level
+    MULTILEVEL_RPN=False,  # run the RPN on every level, not the finest alone
     RPN_MAX_LEVEL=6,  # coarsest level of the RPN
     RPN_MIN_LEVEL=2,  # finest level of the RPN
     RPN_ASPECT_RATIOS=(0.5, 1, 2),  # anchors: height/width
@@ -303,7 +307,8 @@ RESNETS = AttrDict(
     SHORTCUT_FUNC="basic_bn_shortcut",  # or basic_gn_shortcut
     RES5_DILATION=1,  # of the 3x3 convolutions in res5; 2 keeps stride 16
     FREEZE_AT=2,  # stages up to this one are not trained: 0 (none), 2, 3, 4 or 5
-    IMAGENET_PRETRAINED_WEIGHTS="",  # .pth or .pkl file, relative to the repository
+    IMAGENET_PRETRAINED_WEIGHTS="",  # any backbone's; .pth or .pkl, relative to the repository
+    IMAGENET_PRETRAINED_PIXELS="auto",  # that file's: bgr255, rgb1 (torchvision's) or by its name
     USE_GN=False,  # group normalisation, not frozen affine layers
 )
 
@@ -333,6 +338,7 @@ DEFAULTS = AttrDict(
     BBOX_XFORM_CLIP=np.float64(math.log(1000.0 / 16.0)),  # largest dw, dh when decoding boxes
     PIXEL_MEANS=np.array([[[102.9801, 115.9465, 122.7717]]]),  # of blue, green, red
     RNG_SEED=3,  # seed of every random draw
+    DETERMINISTIC=False,  # repeat a GPU's results bit for bit, more slowly
     EPS=1e-14,  # a small number
     ROOT_DIR=str(_ROOT_DIR),  # the repository
     OUTPUT_DIR="Outputs",  # checkpoints, logs and results, relative to the working directory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from modeling import (
     fast_rcnn_heads,
     keypoint_rcnn_heads,
     mask_rcnn_heads,
+    retinanet_heads,
     rfcn_heads,
     rpn_heads,
 )
@@ -49,14 +49,15 @@ def get_func(name: str) -> Callable:
 
 
 class Generalized_RCNN(nn.Module):
-    """Fast, Faster, Mask and Keypoint R-CNN or an RPN alone, with or without a feature pyramid, as
-    the config says.
+    """Fast, Faster, Mask and Keypoint R-CNN, an RPN alone or RetinaNet, with or without a feature
+    pyramid, as the config says.
 
     Train mode: `model(**batch)` for a batch of `roi_data.loader` returns `{'losses': {...},
     'metrics': {...}}`, all scalars on the model's device; the forward does not wait for the
     device. Eval mode: `model(data, im_info)` returns `rois` (R, 5) in network-input pixels,
     `cls_score` (R, C) probabilities, `bbox_pred` (R, 4C) deltas and `blob_conv`; with
     MODEL.RPN_ONLY `rois` and `rpn_roi_probs` (R,). `propose()` gives the proposals by image.
+    With RETINANET.RETINANET_ON the fields of `retinanet_heads.Candidates`.
     A model without an RPN (MODEL.FASTER_RCNN False) trains from the batch's `proposals` and is
     tested as `model(data, im_info, rois=...)`.
 
@@ -66,7 +67,6 @@ class Generalized_RCNN(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        _refuse_unsupported()
         means = torch.as_tensor(cfg.PIXEL_MEANS, dtype=torch.float64).reshape(3)
         self.register_buffer("pixel_means", means, persistent=False)
         self.Conv_Body = get_func(cfg.MODEL.CONV_BODY)()
@@ -82,10 +82,12 @@ class Generalized_RCNN(nn.Module):
             if cfg.FPN.MULTILEVEL_RPN:
                 levels = (cfg.FPN.RPN_MIN_LEVEL, cfg.FPN.RPN_MAX_LEVEL)
             self.rpn_maps = slice(levels[0] - finest, levels[1] - finest + 1)
-        if not cfg.MODEL.RPN_ONLY:
+        if cfg.RETINANET.RETINANET_ON:
+            self.RetinaNet_Outs = retinanet_heads.fpn_retinanet_outputs(dim_in)
+        elif not cfg.MODEL.RPN_ONLY:
             self._add_roi_heads(dim_in, scale)
         if cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS:
-            from utils.resnet_weights_helper import load_pretrained_imagenet_weights
+            from utils.imagenet_weights import load_pretrained_imagenet_weights
 
             load_pretrained_imagenet_weights(self)
         if cfg.TRAIN.FREEZE_CONV_BODY:
@@ -140,6 +142,9 @@ class Generalized_RCNN(nn.Module):
 
     def _forward_test(self, data: Tensor, im_info: Tensor, rois: Tensor | None = None) -> dict:
         features = self._features(data)
+        if cfg.RETINANET.RETINANET_ON:
+            logits, deltas = self.RetinaNet_Outs.predict(features[self.rpn_maps])
+            return self.RetinaNet_Outs.candidates(logits, deltas)._asdict()
         if rois is None:
             proposals = self._proposals(features, im_info)
             rois = _as_rois(proposals.boxes, proposals.valid)
@@ -175,6 +180,10 @@ class Generalized_RCNN(nn.Module):
         features = self._features(data)
         scale = im_info[:, 2].view(-1, 1, 1)
         gt_own = (gt_classes > 0) & ~gt_crowd
+        if cfg.RETINANET.RETINANET_ON:
+            return self.RetinaNet_Outs.training_outputs(
+                features[self.rpn_maps], gt_boxes * scale, gt_classes, gt_own, im_info
+            )
         losses: dict[str, Tensor] = {}
         from_files = not (cfg.MODEL.FASTER_RCNN or cfg.MODEL.RPN_ONLY)
         if not from_files:
@@ -383,16 +392,6 @@ class Generalized_RCNN(nn.Module):
         if method == "PSRoIPool":
             return ops.ps_roi_pool(blobs_in, rois, resolution, spatial_scale, levels)
         raise UserError(f"ROI_XFORM_METHOD {method!r} is not RoIAlign, RoIPoolF or RoICrop")
-
-
-def _refuse_unsupported() -> None:
-    """Raise UserError for what a config can ask for and is not there, lest it be ignored."""
-    needed: dict[str, tuple[Any, Any]] = {
-        "RETINANET.RETINANET_ON": (cfg.RETINANET.RETINANET_ON, False),
-    }
-    for key, (value, only) in needed.items():
-        if value != only:
-            raise UserError(f"{key} {value} is not supported yet: set it to {only}")
 
 
 def _foreground_quota() -> int:

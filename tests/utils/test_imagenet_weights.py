@@ -1,4 +1,4 @@
-"""ImageNet weights of each kind of file reach the stages of a model."""
+"""ImageNet weights of each kind of file reach the layers of a model that they are for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from core.errors import UserError
-from utils.resnet_weights_helper import load_pretrained_imagenet_weights
+from utils.imagenet_weights import load_pretrained_imagenet_weights
 
 
 class Affine(nn.Module):
@@ -85,14 +85,14 @@ def source_weights():
 
 @pytest.fixture
 def load(cfg, tmp_path):
-    def write_and_load(content, name):
+    def write_and_load(content, name, net=None):
         path = tmp_path / name
         if name.endswith(".pkl"):
             path.write_bytes(pickle.dumps(content, protocol=2))
         else:
             torch.save(content, path)
         cfg.RESNETS.IMAGENET_PRETRAINED_WEIGHTS = str(path)
-        net = Net()
+        net = Net() if net is None else net
         load_pretrained_imagenet_weights(net)
         return net.state_dict()
 
@@ -139,6 +139,111 @@ def test_a_stride_that_torchvisions_weights_do_not_suit_is_pointed_out(
     cfg.RESNETS.STRIDE_1X1 = stride_1x1
     load(source_weights(), "resnet50-0676ba61.pth")
     assert ("set RESNETS.STRIDE_1X1 False" in caplog.text) == stride_1x1
+
+
+def test_the_config_says_what_a_file_of_another_name_was_trained_on(load, cfg):
+    source = source_weights()
+    by_name = load(source, "resnext101_32x8d-8ba56ff5.pth")
+    cfg.RESNETS.IMAGENET_PRETRAINED_PIXELS = "rgb1"
+    renamed = load(source, "my_backbone.pth")
+    cfg.RESNETS.IMAGENET_PRETRAINED_PIXELS = "bgr255"
+    plain = load(source, "resnet50-0676ba61.pth")
+    stem = "Conv_Body.res1.conv1.weight"
+    assert torch.equal(renamed[stem], by_name[stem])
+    assert torch.equal(plain[stem], source["conv1.weight"])
+    assert not torch.equal(renamed[stem], plain[stem])
+
+
+class VGGNet(nn.Module):
+    """VGG16's names with few channels, and a box head with or without ImageNet's layers."""
+
+    def __init__(self, with_fc: bool):
+        super().__init__()
+        counts = {1: 2, 2: 2, 3: 3, 4: 3, 5: 3}
+        names = [f"conv{block}_{i}" for block, n in counts.items() for i in range(1, n + 1)]
+        self.Conv_Body = nn.ModuleDict(
+            {name: nn.Conv2d(3 if name == "conv1_1" else 4, 4, 3, padding=1) for name in names}
+        )
+        fcs = {"fc6": nn.Linear(8, 5), "fc7": nn.Linear(5, 5)}
+        self.Box_Head = nn.ModuleDict(fcs if with_fc else {"fc1": nn.Linear(2, 2)})
+
+    @property
+    def detectron_weight_mapping(self):
+        mapping = {}
+        for name in self.state_dict():
+            blob = name.split(".", 1)[1].replace(".weight", "_w").replace(".bias", "_b")
+            mapping[name] = blob.replace("fc1", "fc6")  # as the blob of roi_2mlp_head is named
+        return mapping, []
+
+
+VGG16_FEATURES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+
+
+def vgg_weights():
+    """torchvision's names of VGG16 for the layers of VGGNet, and its classifier."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for i in VGG16_FEATURES:
+        weights[f"features.{i}.weight"] = torch.randn(
+            4, 3 if i == 0 else 4, 3, 3, generator=generator
+        )
+        weights[f"features.{i}.bias"] = torch.randn(4, generator=generator)
+    for i, shape in ((0, (5, 8)), (3, (5, 5)), (6, (7, 5))):
+        weights[f"classifier.{i}.weight"] = torch.randn(shape, generator=generator)
+        weights[f"classifier.{i}.bias"] = torch.randn(shape[0], generator=generator)
+    return weights
+
+
+@pytest.mark.parametrize("with_fc", [True, False])
+def test_vgg16s_convolutions_and_its_own_head_are_loaded(load, with_fc):
+    source = vgg_weights()
+    net = VGGNet(with_fc)
+    fresh = {n: v.clone() for n, v in net.Box_Head.state_dict().items()}
+    state = load(source, "vgg16_caffe.pth", net)
+    for name, i in zip(list(net.Conv_Body), VGG16_FEATURES, strict=True):
+        for key in ("weight", "bias"):
+            assert torch.equal(state[f"Conv_Body.{name}.{key}"], source[f"features.{i}.{key}"])
+    if with_fc:
+        assert torch.equal(state["Box_Head.fc6.weight"], source["classifier.0.weight"])
+        assert torch.equal(state["Box_Head.fc7.bias"], source["classifier.3.bias"])
+    else:
+        assert all(torch.equal(state[f"Box_Head.{n}"], v) for n, v in fresh.items())
+
+
+def test_torchvisions_vgg16_is_made_to_take_bgr_of_0_to_255(load, cfg):
+    source = vgg_weights()
+    state = load(source, "vgg16-397923af.pth", VGGNet(True))
+    rgb = torch.randint(0, 256, (1, 3, 16, 16)).float()
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, None, :, None, None]
+    first = (source["features.0.weight"], source["features.0.bias"])
+    expected = F.conv2d((rgb / 255 - mean) / std, *first)
+    bgr = rgb.flip(1) - torch.tensor(cfg.PIXEL_MEANS).float().reshape(1, 3, 1, 1)
+    got = F.conv2d(bgr, *(state[f"Conv_Body.conv1_1.{key}"] for key in ("weight", "bias")))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_deeper_or_normalised_vgg_is_refused(load):
+    deeper = vgg_weights() | {"features.30.weight": torch.zeros(4, 4, 3, 3)}
+    with pytest.raises(UserError, match=r"vgg19.pth .*another network .*features.30"):
+        load(deeper, "vgg19.pth", VGGNet(True))
+    with pytest.raises(UserError, match=r"holds no VGG: .*features.0.weight"):
+        load(source_weights(), "resnet50_caffe.pth", VGGNet(True))
+
+
+@pytest.mark.parametrize("with_fc", [True, False])
+def test_caffes_vgg_pkl_loads_by_blob_name_into_imagenets_layers_alone(load, with_fc):
+    net = VGGNet(True)
+    blobs = {
+        blob: np.full(net.state_dict()[name].shape, i + 1, np.float32)
+        for i, (name, blob) in enumerate(net.detectron_weight_mapping[0].items())
+    }
+    state = load(blobs | {"fc8_w": np.zeros((7, 5), np.float32)}, "VGG16.pkl", VGGNet(with_fc))
+    assert state["Conv_Body.conv5_3.bias"].unique().item() == blobs["conv5_3_b"][0]
+    if with_fc:
+        assert state["Box_Head.fc7.weight"].unique().item() == blobs["fc7_w"].flat[0]
+    del blobs["conv3_2_w"]
+    with pytest.raises(UserError, match=r"VGG16.pkl .*another network .*conv3_2_w"):
+        load(blobs, "VGG16.pkl", VGGNet(with_fc))
 
 
 def test_detectrons_pkl_loads_by_blob_name(load):
