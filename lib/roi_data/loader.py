@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch.utils.data as torch_data
 
 from core.config import cfg
 from core.errors import UserError
+from roi_data.loader_workers import BatchReader, Item, TrainLoader
 from roi_data.minibatch import MinibatchOptions, Sample, get_sample, pack_minibatch
 from utils.packed_roidb import PackedRoidb, RoidbEntry
 
-# (roidb index, aspect ratio of the group, seed of the image's draws)
-Item = tuple[int, float, int]
+# A bad image's neighbours that are tried in its place: where so many cannot be read, none can.
+_MOST_REPLACEMENTS = 10
 
 
 class RoiDataLoader(torch_data.Dataset):
     """Training images by (index, ratio, seed): see `roi_data.minibatch.get_sample`.
 
     num_classes: with background; UserError if a label of the roidb is not below it. training is
-    True: this data set has no other use.
+    True: this data set has no other use. The roidb is copied into a compact form that processes
+    share: the caller may drop it.
     """
 
     def __init__(
@@ -40,13 +39,51 @@ class RoiDataLoader(torch_data.Dataset):
             )
         self._options = MinibatchOptions.from_cfg()
         self._roidb = PackedRoidb.pack(roidb)
+        self._sizes = np.array([(e["height"], e["width"]) for e in roidb]).reshape(-1, 2)
+        self._skip_bad_images = cfg.DATA_LOADER.ON_BAD_IMAGE == "skip"
 
     def __len__(self) -> int:
         return len(self._roidb)
 
     def __getitem__(self, item: Item) -> Sample:
+        return self.read(item)[0]
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """(height, width) as the annotations say."""
+        height, width = self._sizes[index].tolist()
+        return height, width
+
+    def image_path(self, index: int) -> str:
+        return self._roidb[index]["image"]
+
+    def read(self, item: Item, out: np.ndarray | None = None) -> tuple[Sample, str]:
+        """An item's image, decoded into `out` (uint8, of its image_size) if that is given.
+
+        An image that cannot be read is a UserError or, with DATA_LOADER.ON_BAD_IMAGE `skip`, it
+        is replaced by its neighbour in aspect ratio, which the text says; '' otherwise.
+        """
         index, ratio, seed = item
-        return get_sample(self._roidb[index], ratio, seed, self._options)
+        try:
+            return get_sample(self._roidb[index], ratio, seed, self._options, out), ""
+        except UserError as error:
+            if not self._skip_bad_images:
+                raise
+            bad = error
+        for other in self._neighbours(index):
+            try:
+                sample = get_sample(self._roidb[other], ratio, seed, self._options)
+            except UserError:
+                continue
+            return sample, f"{bad} (it is left out; another is trained on in its place)"
+        raise UserError(f"{bad} ({_MOST_REPLACEMENTS} others cannot be read either)")
+
+    def _neighbours(self, index: int) -> list[int]:
+        """The images that follow one in aspect ratio, the nearest first; before it at the end."""
+        ratios = self._sizes[:, 1] / self._sizes[:, 0]
+        order = np.argsort(ratios, kind="stable")
+        place = int(np.flatnonzero(order == index)[0])
+        following = [*order[place + 1 :], *order[:place][::-1]]
+        return [int(i) for i in following[:_MOST_REPLACEMENTS]]
 
 
 def cal_minibatch_ratio(ratio_list: np.ndarray, ims_per_batch: int) -> np.ndarray:
@@ -109,11 +146,21 @@ class MinibatchSampler(torch_data.Sampler):
 class BatchSampler(torch_data.BatchSampler):
     """Lists of batch_size items of a MinibatchSampler; each iteration is its next pass.
 
+    Of world_size processes each gets its share of every list: groups of IMS_PER_BATCH stay whole.
     `seek` makes resuming exact: the state of a training is the number of batches it has consumed.
     """
 
-    def __init__(self, sampler: MinibatchSampler, batch_size: int, drop_last: bool) -> None:
+    def __init__(
+        self,
+        sampler: MinibatchSampler,
+        batch_size: int,
+        drop_last: bool,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         super().__init__(sampler, batch_size, drop_last)
+        size = batch_size // world_size
+        self._part = slice(rank * size, (rank + 1) * size)
         self._skip = 0
 
     def seek(self, batches: int) -> None:
@@ -124,7 +171,8 @@ class BatchSampler(torch_data.BatchSampler):
         # A generator, so that nothing changes before the first batch is asked for: DataLoader
         # makes an iterator that it never uses.
         skip, self._skip = self._skip, 0
-        yield from itertools.islice(super().__iter__(), skip, None)
+        for batch in itertools.islice(super().__iter__(), skip, None):
+            yield batch[self._part]
 
 
 def collate_minibatch(
@@ -143,67 +191,23 @@ def collate_minibatch(
     return {key: [part[key] for part in parts] for key in parts[0]}
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """A user's mistake met in a loader process: torch would wrap it in a traceback as text."""
-
-    message: str
-
-
-class _Reporting(torch_data.Dataset):
-    """Hands UserErrors on as values."""
-
-    def __init__(self, dataset: RoiDataLoader) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, item: Item) -> Sample | _Failure:
-        try:
-            return self._dataset[item]
-        except UserError as error:
-            return _Failure(str(error))
-
-
-def _collate(samples: Sequence, options: MinibatchOptions) -> dict[str, list] | _Failure:
-    for sample in samples:
-        if isinstance(sample, _Failure):
-            return sample
-    try:
-        return collate_minibatch(samples, options)
-    except UserError as error:
-        return _Failure(str(error))
-
-
-class TrainLoader(torch_data.DataLoader):
-    """A DataLoader that raises a worker's UserError as it was."""
-
-    def __iter__(self) -> Iterator[dict[str, list]]:
-        for batch in super().__iter__():
-            if isinstance(batch, _Failure):
-                raise UserError(batch.message)
-            yield batch
-
-
-def _init_worker(worker_id: int) -> None:
-    cv2.setNumThreads(0)  # the processes are the parallelism
-
-
 def build_train_loader(
     roidb: Sequence[RoidbEntry],
     ratio_list: np.ndarray,
     ratio_index: np.ndarray,
     batch_size: int,
     num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> TrainLoader:
     """The loader of training batches over all GPUs, as `combined_roidb_for_training` feeds it.
 
-    batch_size: images over all GPUs. One iteration is one pass, the last incomplete batch left
-    out; `loader.batch_sampler.seek(n)` continues after n batches. What is drawn depends on
-    cfg.RNG_SEED and the number of the batch, not on num_workers. Batches lie in pinned memory if
-    cfg.CUDA. Raises UserError if the images do not fill one batch; iterating raises UserError
-    naming an image that cannot be used.
+    batch_size: images over all GPUs. Of world_size processes that train together, this one is
+    number `rank` and gets the images of its GPUs: those that a single process would give them.
+    One iteration is one pass, the last incomplete batch left out; `loader.batch_sampler.seek(n)`
+    continues after n batches. What is drawn depends on cfg.RNG_SEED and the number of the batch,
+    not on num_workers. Batches lie in pinned memory if cfg.CUDA. Raises UserError if the images
+    do not fill one batch; iterating raises UserError naming an image that cannot be used.
     """
     if len(roidb) < batch_size:
         raise UserError(
@@ -211,12 +215,10 @@ def build_train_loader(
             f"use --bs {len(roidb)} or less, or more images"
         )
     sampler = MinibatchSampler(ratio_list, ratio_index)
+    images = RoiDataLoader(roidb, cfg.MODEL.NUM_CLASSES)
     return TrainLoader(
-        _Reporting(RoiDataLoader(roidb, cfg.MODEL.NUM_CLASSES)),
-        batch_sampler=BatchSampler(sampler, batch_size, drop_last=True),
-        num_workers=num_workers,
-        collate_fn=functools.partial(_collate, options=MinibatchOptions.from_cfg()),
+        BatchReader(images, MinibatchOptions.from_cfg(), num_workers),
+        BatchSampler(sampler, batch_size, True, rank, world_size),
+        num_workers,
         pin_memory=cfg.CUDA,
-        worker_init_fn=_init_worker,
-        persistent_workers=num_workers > 0,
     )

@@ -64,15 +64,22 @@ class Sample:
     crop_xy: tuple[int, int]
 
 
-def get_sample(entry: RoidbEntry, ratio: float, seed: int, options: MinibatchOptions) -> Sample:
+def get_sample(
+    entry: RoidbEntry,
+    ratio: float,
+    seed: int,
+    options: MinibatchOptions,
+    out: np.ndarray | None = None,
+) -> Sample:
     """Read an image and make its draws (scale, crop), which depend on `seed` alone.
 
-    ratio: width / height to crop to, for entries with need_crop. Raises UserError naming the
-    image if it cannot be read or has another size than its annotations say.
+    ratio: width / height to crop to, for entries with need_crop. out: memory to decode into,
+    uint8 (height, width, 3). Raises UserError naming the image if it cannot be read or has
+    another size than its annotations say.
     """
     rng = np.random.RandomState(seed)
     height, width = entry["height"], entry["width"]
-    image = read_image(entry["image"], (height, width))
+    image = read_image(entry["image"], (height, width), out)
     target_size = options.scales[rng.randint(len(options.scales))]
     scale = blob_utils.get_target_scale(height, width, target_size, options.max_size)
     out_hw = blob_utils.scaled_size(height, width, scale)
@@ -87,8 +94,12 @@ def get_sample(entry: RoidbEntry, ratio: float, seed: int, options: MinibatchOpt
     return Sample(image, entry, scale, out_hw, crop_xy)
 
 
-def pack_minibatch(samples: Sequence[Sample], options: MinibatchOptions) -> dict[str, Any]:
+def pack_minibatch(
+    samples: Sequence[Sample], options: MinibatchOptions, pixels: Tensor | None = None
+) -> dict[str, Any]:
     """The arrays of one GPU's mini-batch of N images with G ground-truth slots each.
+
+    pixels: the images back to back, if they were decoded into such memory; else they are copied.
 
     data            uint8 (B,)         BGR pixels of all images, back to back
     im_meta         float64 (N, 9)     a row per image, as ops.image_batch takes it
@@ -113,8 +124,10 @@ def pack_minibatch(samples: Sequence[Sample], options: MinibatchOptions) -> dict
         for offset, s in zip(offsets, samples, strict=False)
     ]
     slots = _slots(samples, "boxes")
+    if pixels is None:
+        pixels = torch.from_numpy(np.concatenate([s.image.reshape(-1) for s in samples]))
     batch = {
-        "data": torch.from_numpy(np.concatenate([s.image.reshape(-1) for s in samples])),
+        "data": pixels,
         "im_meta": torch.tensor(meta, dtype=torch.float64),
         "blob_size": blob_utils.padded_size(sizes, options.stride),
         "im_info": torch.tensor([(*s.out_hw, s.scale) for s in samples], dtype=torch.float32),

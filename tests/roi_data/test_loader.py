@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 
 import cv2
 import numpy as np
@@ -20,6 +22,8 @@ from roi_data.loader import (
     cal_minibatch_ratio,
     collate_minibatch,
 )
+from roi_data.loader_workers import BatchReader, TrainLoader
+from roi_data.minibatch import MinibatchOptions
 
 
 def golden_ranking(shared, name="coco_2017_train"):
@@ -235,3 +239,68 @@ def test_loading_coco_with_crops(cfg, golden_data_dir):
             assert (scaled[..., 2] <= im_info[:, 1, None]).all()
             assert (scaled[..., 3] <= im_info[:, 0, None]).all()
     assert images == 160
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_can_be_left_out(cfg, tiny_training, tiny_files, workers, caplog):
+    cfg.DATA_LOADER.ON_BAD_IMAGE = "skip"
+    (tiny_files.images / "2.png").write_bytes(b"no picture")
+    loader = build_train_loader(*tiny_training, batch_size=2, num_workers=workers)
+    batches = [batch for _ in range(3) for batch in loader]
+    assert [len(batch["image_ids"][0]) for batch in batches] == [2] * 12
+    assert {i for batch in batches for i in batch["image_ids"][0]} == {1, 3, 4}
+    said = [r.getMessage() for r in caplog.records if "2.png" in r.getMessage()]
+    assert len(said) == 1  # for the image and its mirrored copy, in every pass
+    assert "cannot be decoded" in said[0] and "another is trained on in its place" in said[0]
+
+
+def test_what_replaces_a_bad_image_does_not_depend_on_workers(cfg, tiny_training, tiny_files):
+    cfg.DATA_LOADER.ON_BAD_IMAGE = "skip"
+    (tiny_files.images / "2.png").unlink()
+    passes = [
+        list(build_train_loader(*tiny_training, batch_size=2, num_workers=workers))
+        for workers in (0, 2)
+    ]
+    assert_same_batches(*passes)
+
+
+def test_where_no_image_can_be_read_skipping_ends(cfg, tiny_training, tiny_files):
+    cfg.DATA_LOADER.ON_BAD_IMAGE = "skip"
+    for file in tiny_files.images.iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=r"does not exist.*others cannot be read either"):
+        list(build_train_loader(*tiny_training, batch_size=2, num_workers=0))
+
+
+class _Deadly(RoiDataLoader):
+    def read(self, item, out=None):
+        if item[0] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(item, out)
+
+
+def test_a_process_that_dies_is_reported_with_its_image(cfg, tiny_training, tiny_files):
+    roidb, ratio_list, ratio_index = tiny_training
+    options = MinibatchOptions.from_cfg()
+    sampler = BatchSampler(MinibatchSampler(ratio_list, ratio_index), 2, True)
+    loader = TrainLoader(BatchReader(_Deadly(roidb, 3), options, 1), sampler, 1, False)
+    with pytest.raises(UserError) as error:
+        list(loader)
+    assert f"while reading image {roidb[3]['image']}" in str(error.value)
+    assert "a loader process (pid " in str(error.value) and "--nw" in str(error.value)
+
+
+def test_other_errors_are_left_alone(tiny_training):
+    loader = build_train_loader(*tiny_training, batch_size=2, num_workers=0)
+    error = RuntimeError("CUDA error")
+    assert loader.explained(error) is error
+
+
+def test_images_are_decoded_into_the_batch(tiny_training):
+    data = RoiDataLoader(tiny_training[0], 3)
+    reader = BatchReader(data, MinibatchOptions.from_cfg(), 0)
+    items = [(0, 1.0, 5), (1, 1.0, 6)]
+    batch, notes = reader.__getitems__(items)
+    copied = collate_minibatch([data[item] for item in items])
+    assert notes == []
+    assert_same_batches([batch], [copied])
