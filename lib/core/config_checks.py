@@ -192,6 +192,8 @@ def _model_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
         )
     if model.RPN_ONLY and (model.FASTER_RCNN or model.MASK_ON or model.KEYPOINTS_ON):
         yield "MODEL.RPN_ONLY excludes MODEL.FASTER_RCNN, MODEL.MASK_ON and MODEL.KEYPOINTS_ON"
+    if cfg.RETINANET.RETINANET_ON:
+        yield from _retinanet_problems(cfg)
     is_rfcn = model.TYPE.endswith("rfcn")
     has_box_head = not (model.RPN_ONLY or cfg.RETINANET.RETINANET_ON or is_rfcn)
     if has_box_head and not cfg.FAST_RCNN.ROI_BOX_HEAD:
@@ -213,6 +215,21 @@ def _model_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
         yield (
             "RESNETS.IMAGENET_PRETRAINED_WEIGHTS is empty; name the weights' file, or do without "
             "by MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS False"
+        )
+
+
+def _retinanet_problems(cfg: AttrDict) -> Iterator[str]:
+    retinanet = cfg.RETINANET
+    for key in ("RPN_ONLY", "FASTER_RCNN", "MASK_ON", "KEYPOINTS_ON"):
+        if cfg.MODEL[key]:
+            yield f"RETINANET.RETINANET_ON excludes MODEL.{key}: set it to False"
+    for key in ("FPN_ON", "MULTILEVEL_RPN"):
+        if not cfg.FPN[key]:
+            yield f"RETINANET.RETINANET_ON predicts on a pyramid's levels: set FPN.{key} to True"
+    if retinanet.NEGATIVE_OVERLAP > retinanet.POSITIVE_OVERLAP:
+        yield (
+            f"RETINANET.NEGATIVE_OVERLAP ({retinanet.NEGATIVE_OVERLAP}) must not exceed "
+            f"RETINANET.POSITIVE_OVERLAP ({retinanet.POSITIVE_OVERLAP})"
         )
 
 
