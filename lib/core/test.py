@@ -20,7 +20,6 @@ from core.config import cfg
 from core.errors import UserError
 from core.suppression import class_nms_and_limit
 from core.test_arrays import (
-    PRECOMPUTED,
     im_conv_body_only,
     im_detect_bbox,
     im_detect_bbox_aspect_ratio,
@@ -104,7 +103,8 @@ def im_detect_all(
     Args:
         model: `Generalized_RCNN` in eval mode, bare or inside a DataParallel.
         im: (H, W, 3) uint8 BGR.
-        box_proposals: must be None: the model makes its own proposals.
+        box_proposals: (P, 4) boxes in image pixels that the heads look at; None: the model makes
+            its own proposals.
         timers: objects with `tic()` and `toc()` by name (`im_detect_bbox`, `misc_bbox`,
             `im_detect_mask`, `misc_mask`, `im_detect_keypoints`).
 
@@ -113,9 +113,8 @@ def im_detect_all(
         `cls_segms`: per class the n COCO RLEs, None for a model without masks; `cls_keyps`:
         per class n arrays (4, K) `x, y, logit, probability`, None for a model without keypoints.
     """
-    if box_proposals is not None:
-        raise UserError(PRECOMPUTED.format("box_proposals"))
-    (detections,) = detect_batch(model, [im], timers)
+    proposals = None if box_proposals is None else [box_proposals]
+    (detections,) = detect_batch(model, [im], timers, proposals=proposals)
     with _timed(timers, "misc_mask"):
         return class_results(detections, cfg.MODEL.NUM_CLASSES)
 
@@ -128,6 +127,7 @@ def detect_batch(
     *,
     packed: tuple[Tensor, list[Placed]] | None = None,
     left_right: Pairs | None = None,
+    proposals: Sequence[np.ndarray] | None = None,
 ) -> list[Detections]:
     """Detections of several images in one forward pass; what an image gives does not depend on the
     others.
@@ -139,14 +139,15 @@ def detect_batch(
         packed: the same images as `utils.blob.pack_images` gives them, if that is at hand.
         left_right: indices of the keypoints that change places in a mirrored image (KPS_AUG); by
             default those of COCO's persons.
+        proposals: (P, 4) boxes of each image, in its pixels; None: the model makes its own.
 
     Raises:
         ValueError: the images need different amounts of padding.
         UserError: the config asks for something that testing does not do.
     """
-    _check_supported()
+    _check_supported(proposals)
     net = getattr(model, "module", model)
-    batch = ImageBatch(images, next(net.parameters()).device, packed)
+    batch = ImageBatch(images, next(net.parameters()).device, packed, proposals)
     if len({network_size(h, w) for h, w in batch.sizes}) > 1:
         raise ValueError(
             f"images of one batch must have equal padded sizes, not those of {batch.sizes}"
@@ -229,7 +230,6 @@ def box_results_with_nms_and_limit(
         scores (n,), boxes (n, 4), and `cls_boxes` as `im_detect_all` returns it; ordered by class,
         then by row of the input (with soft-NMS by score).
     """
-    _check_supported()
     every = torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float32))
     tiles = torch.from_numpy(np.ascontiguousarray(boxes, dtype=np.float32))
     tiles = tiles.view(*every.shape, 4)
@@ -279,11 +279,16 @@ def segm_results(
     return [rles[end - n : end] for n, end in zip(counts, ends, strict=True)]
 
 
-def _check_supported() -> None:
-    """Refuse what a config can ask for and this version does not do, rather than ignore it."""
-    if not cfg.MODEL.FASTER_RCNN:
+def _check_supported(proposals: Sequence[np.ndarray] | None) -> None:
+    """Refuse models that detect nothing, or nothing without proposals."""
+    if cfg.MODEL.RPN_ONLY:
         raise UserError(
-            "testing needs a model that makes its own proposals: set MODEL.FASTER_RCNN to True."
+            "a model with MODEL.RPN_ONLY detects nothing: tools/test_net.py writes its proposals."
+        )
+    if not cfg.MODEL.FASTER_RCNN and proposals is None:
+        raise UserError(
+            "this model has no RPN (MODEL.FASTER_RCNN False): give it proposals, box_proposals of "
+            "an image or TEST.PROPOSAL_FILES of a data set."
         )
 
 

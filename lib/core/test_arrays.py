@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from core.config import cfg
-from core.errors import UserError
 from core.test_augment import (
     box_outputs,
     boxes_in_views,
@@ -29,11 +28,6 @@ from core.test_forward import (
 )
 from utils.heatmaps import flip_heatmaps
 
-PRECOMPUTED = (
-    "testing with precomputed proposals is not supported: leave {} at None and set "
-    "MODEL.FASTER_RCNN to True."
-)
-
 
 def im_detect_bbox(
     model: nn.Module,
@@ -47,7 +41,7 @@ def im_detect_bbox(
     Args:
         im: (H, W, 3) uint8 BGR.
         target_scale, target_max_size: short side and longest side in network pixels.
-        boxes: must be None: the model makes its own proposals.
+        boxes: (R, 4) proposals in image pixels; None: the model makes its own.
 
     Returns:
         scores (R, C) float32, boxes (R, 4C) float32 in image pixels, the image's scale, the
@@ -235,10 +229,9 @@ def im_detect_keypoints_aspect_ratio(
 def _one_image(
     model: nn.Module, im: np.ndarray, box_proposals: np.ndarray | None = None
 ) -> tuple[nn.Module, ImageBatch]:
-    if box_proposals is not None:
-        raise UserError(PRECOMPUTED.format("box_proposals"))
     net = getattr(model, "module", model)
-    return net, ImageBatch([im], next(net.parameters()).device)
+    proposals = None if box_proposals is None else [box_proposals]
+    return net, ImageBatch([im], next(net.parameters()).device, proposals=proposals)
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import utils.blob as blob_utils
 import utils.boxes as box_utils
 from core.config import cfg
+from core.test_proposals import run_on_proposals
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class ImageBatch:
     """Images (H, W, 3) uint8 BGR whose views go through the network together.
 
     packed: the same images as `blob_utils.pack_images` gives them, if that is at hand.
+    proposals: (P, 4) boxes of each image, in its pixels, for the heads to look at; by default the
+        network makes its own.
     """
 
     def __init__(
@@ -77,8 +80,13 @@ class ImageBatch:
         images: Sequence[np.ndarray],
         device: torch.device,
         packed: tuple[Tensor, list[blob_utils.Placed]] | None = None,
+        proposals: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.images, self.device = images, device
+        self.proposals = proposals and [
+            torch.as_tensor(boxes, dtype=torch.float32, device=device).view(-1, 4)
+            for boxes in proposals
+        ]
         self.sizes = [tuple(im.shape[:2]) for im in images]
         self._packed = {} if packed is None else {1.0: packed}
 
@@ -182,7 +190,7 @@ def forward(net: nn.Module, images: ImageBatch, view: View) -> tuple[Output, Fea
     """The network's output for one view of the images, which must be of equal padded size in
     it."""
     (shown,) = images.show([view])
-    out = net(shown.data, shown.im_info)
+    out = _run(net, images, shown)
     image, rois = _split_rois(out["rois"], shown.scales)
     scores, deltas = out["cls_score"].float(), out["bbox_pred"].float()
     output = Output(view, images, rois, image, scores, deltas)
@@ -193,7 +201,7 @@ def forward_views(net: nn.Module, images: ImageBatch, views: Sequence[View]) -> 
     """The network's outputs for views of one scale, max_size and ratio."""
     parts: dict[tuple[View, int], tuple[Tensor, ...]] = {}
     for shown in images.show(views):
-        out = net(shown.data, shown.im_info)
+        out = _run(net, images, shown)
         position, rois = _split_rois(out["rois"], shown.scales)
         counts = torch.bincount(position, minlength=len(shown.pairs)).tolist()
         values = (rois, out["cls_score"].float(), out["bbox_pred"].float())
@@ -207,6 +215,19 @@ def forward_views(net: nn.Module, images: ImageBatch, views: Sequence[View]) -> 
         rois, scores, deltas = (torch.cat(values) for values in zip(*of_images, strict=True))
         outputs.append(Output(view, images, rois, image, scores, deltas))
     return outputs
+
+
+def _run(net: nn.Module, images: ImageBatch, shown: Shown) -> dict[str, Any]:
+    """The network's output for a pass, on the images' proposals if they have been given some."""
+    if images.proposals is None:
+        return net(shown.data, shown.im_info)
+    rois = []
+    for position, (view, index) in enumerate(shown.pairs):
+        boxes = images.proposals[index]
+        image = torch.full((len(boxes),), index, device=boxes.device)
+        seen = view.from_image(boxes, images.widths(view, image))
+        rois.append(as_rois(seen, torch.full_like(image, position), shown.scales))
+    return run_on_proposals(net, shown.data, shown.im_info, torch.cat(rois), cfg.DEDUP_BOXES)
 
 
 def _split_rois(rois: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

