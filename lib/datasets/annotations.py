@@ -8,21 +8,25 @@ import io
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pycocotools.coco import COCO
 
 from core.errors import UserError
+from datasets import voc_xml
 
 logger = logging.getLogger(__name__)
 
 _SIDES = ("height", "width")
 _LARGE_FILE = 50 * 2**20  # bytes; parsing a larger file takes seconds and is worth a log line
+_BLOCK = 2**24  # bytes read at a time
 
 
 def load_annotations(path: Path) -> COCO:
-    """The annotations of a COCO-format JSON file, parsed once per process and state of the file.
+    """The annotations of a COCO-format JSON file, parsed once per process and state of the file;
+    or of a split of Pascal VOC's layout (datasets.voc_xml), in the same form.
 
     Missing `iscrowd` (0), `area` (of the box), `segmentation` ([]) are filled in. Annotation ids
     are renumbered from 1 if they are missing, repeated, or zero (pycocotools' evaluation takes a
@@ -34,6 +38,8 @@ def load_annotations(path: Path) -> COCO:
         stat = path.stat()
     except OSError as error:
         raise UserError(f"annotation file {path} cannot be read ({error.strerror})") from error
+    if voc_xml.is_split_file(path):
+        return _load(path, voc_xml.version(path))
     # The change time moves even where a tool sets the modification time back.
     return _load(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
 
@@ -41,16 +47,7 @@ def load_annotations(path: Path) -> COCO:
 @functools.lru_cache(maxsize=4)
 def _load(path: Path, version: tuple[int, ...]) -> COCO:
     start = time.perf_counter()
-    size = path.stat().st_size
-    if size > _LARGE_FILE:
-        logger.info("Loading annotations %s (%d MB)", path, size // 2**20)
-    try:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
-    except OSError as error:
-        raise UserError(f"annotation file {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"annotation file {path} is not valid JSON ({error})") from error
+    data = voc_xml.load_voc(path) if voc_xml.is_split_file(path) else read_json(path)
     _check(data, path)
     coco = COCO()
     coco.dataset = data
@@ -58,6 +55,30 @@ def _load(path: Path, version: tuple[int, ...]) -> COCO:
         coco.createIndex()
     logger.debug("Loaded %s in %.1f s", path, time.perf_counter() - start)
     return coco
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises UserError naming it if that is impossible."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size > _LARGE_FILE:
+        logger.info("Loading annotations %s (%d MB)", path, size // 2**20)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise UserError(f"annotation file {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"annotation file {path} is not valid JSON ({error})") from error
+
+
+def content_blocks(path: Path) -> Iterator[bytes]:
+    """All that an annotation file says, in blocks of bytes: equal only for equal annotations."""
+    if voc_xml.is_split_file(path):
+        yield json.dumps(load_annotations(path).dataset).encode()
+        return
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            yield block
 
 
 def _check(data: Any, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Where each data set's images and annotations are, and what `--dataset` may name.
 
 Paths of the built-in names are relative to `cfg.DATA_DIR`. Users' own data need no entry here:
-`resolve_dataset` takes a YAML file or `ANNOTATIONS.json:IMAGE_DIR` and registers what it finds.
+`resolve_dataset` takes a YAML file, `ANNOTATIONS.json:IMAGE_DIR` or a folder of Pascal VOC's layout
+and registers what it finds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import yaml
 
 from core.config import cfg
 from core.errors import UserError
+from datasets import voc_xml
 from datasets.annotations import load_annotations
 from datasets.coco_classes import COCO_CLASSES
 
@@ -26,7 +28,8 @@ class CatalogEntry:
     """Files of one split of one data set.
 
     images: the folders to try in order, each with the prefix that file names have in it; relative
-    paths start at cfg.DATA_DIR. annotations: the files to try in order.
+    paths start at cfg.DATA_DIR. annotations: the files to try in order, COCO-format JSON or the
+    split of a folder of VOC's layout (ImageSets/Main/SPLIT.txt).
     """
 
     name: str
@@ -34,7 +37,7 @@ class CatalogEntry:
     annotations: tuple[Path, ...]
 
     def annotation_file(self) -> Path:
-        """The COCO-format JSON file. Raises UserError if there is none."""
+        """The first annotation file that exists. Raises UserError if there is none."""
         candidates = [cfg_path(path) for path in self.annotations]
         for path in candidates:
             if path.is_file():
@@ -118,7 +121,11 @@ def _built_in_entries() -> list[CatalogEntry]:
     ):
         for split in splits:
             annotations = [f"VOC{year}/annotations/voc_{year}_{split}.json"]
-            entries.append(_entry(f"voc_{year}_{split}", [f"VOC{year}/JPEGImages"], annotations))
+            # As unpacked, and as Detectron and as the archives themselves place it.
+            folders = [f"VOC{year}", f"VOC{year}/VOCdevkit{year}/VOC{year}", f"VOCdevkit/VOC{year}"]
+            annotations += [f"{folder}/ImageSets/Main/{split}.txt" for folder in folders]
+            images = [f"{folder}/JPEGImages" for folder in folders]
+            entries.append(_entry(f"voc_{year}_{split}", images, annotations))
     return entries
 
 
@@ -158,7 +165,7 @@ def get_entry(name: str) -> CatalogEntry:
         raise UserError(
             f"unknown data set {name!r}{' (nearest: ' + ', '.join(near) + ')' if near else ''}; "
             "name a data set of lib/datasets/dataset_catalog.py, a YAML file, "
-            "or ANNOTATIONS.json:IMAGE_DIR"
+            "ANNOTATIONS.json:IMAGE_DIR, or a folder of VOC's layout"
         )
     return entry
 
@@ -174,9 +181,11 @@ def resolve_dataset(spec: str) -> ResolvedDataset:
     """Find out what `--dataset` means, registering users' own data.
 
     spec: `coco2017` or `keypoints_coco2017` (train and val), any catalog name (this split, for
-    both), a YAML file (`train: {annotations: FILE, images: DIR}` and/or `val: ...`, relative to
-    the YAML file) or `ANNOTATIONS.json:IMAGE_DIR` (for both). Classes of COCO are known without
-    its files; those of other data come from the annotations.
+    both), a YAML file (`train: {annotations: FILE, images: DIR}` or `train: {voc: DIR, set: NAME}`
+    and/or `val: ...`, relative to the YAML file), `ANNOTATIONS.json:IMAGE_DIR` (for both), a folder
+    of VOC's layout (trained on trainval and tested on test, or else train and val) or `DIR:SET`
+    (that split for both). Classes of COCO are known without its files; those of other data come
+    from the annotations.
     Raises UserError naming what is unknown, missing or wrong.
     """
     if spec in _PAIRS:
@@ -189,6 +198,8 @@ def resolve_dataset(spec: str) -> ResolvedDataset:
         path = Path(annotations + ".json")
         register(path.stem, path, Path(images))
         return ResolvedDataset((path.stem,), (path.stem,), dataset_classes(path.stem))
+    if (voc := _voc_parts(spec)) is not None:
+        return _resolve_voc(*voc)
     if spec.endswith(".json"):
         raise UserError(f"--dataset {spec} lacks the image directory: write {spec}:IMAGE_DIR")
     return ResolvedDataset((spec,), (spec,), dataset_classes(spec))
@@ -196,7 +207,7 @@ def resolve_dataset(spec: str) -> ResolvedDataset:
 
 def resolve_class_names(spec: str) -> tuple[str, ...]:
     """Class names for inference alone: `coco...` and `keypoints_coco...` need no data set."""
-    is_file = spec.endswith((".yaml", ".yml", ".json")) or ".json:" in spec
+    is_file = spec.endswith((".yaml", ".yml", ".json")) or ".json:" in spec or _voc_parts(spec)
     if not is_file and spec.startswith(("coco", "keypoints_coco")):
         return _coco_classes(spec)
     return resolve_dataset(spec).class_names
@@ -216,11 +227,42 @@ def _coco_classes(name: str) -> tuple[str, ...]:
     return ("__background__", *names)
 
 
+def _voc_parts(spec: str) -> tuple[Path, str] | None:
+    """Folder and split ('': the usual ones) if spec names a folder; None if it does not."""
+    folder, _, split = spec.rpartition(":") if not Path(spec).is_dir() else (spec, "", "")
+    # A catalog name may also be that of a folder in the working directory.
+    if not folder or not Path(folder).is_dir() or (spec in _BUILT_IN or spec.startswith("coco")):
+        return None
+    if not voc_xml.is_voc_folder(Path(folder)):
+        raise UserError(
+            f"--dataset {spec} is a folder without Pascal VOC's Annotations, ImageSets/Main and "
+            "JPEGImages; for other data name a YAML file or ANNOTATIONS.json:IMAGE_DIR"
+        )
+    return Path(folder), split
+
+
+def _resolve_voc(folder: Path, split: str) -> ResolvedDataset:
+    there = voc_xml.split_names(folder)
+    pairs = [(split, split)] if split else [("trainval", "test"), ("train", "val")]
+    train, test = next((p for p in pairs if set(p) <= set(there)), pairs[-1])
+    names = tuple(_register_voc(f"{folder.resolve().name}_{s}", folder, s) for s in (train, test))
+    return ResolvedDataset((names[0],), (names[1],), dataset_classes(names[0]))
+
+
+def _register_voc(name: str, folder: Path, split: str) -> str:
+    register(name, voc_xml.split_file(folder, split), folder / "JPEGImages")
+    return name
+
+
 def _resolve_yaml(path: Path) -> ResolvedDataset:
     names = {}
     for split, files in _read_yaml(path).items():
         names[split] = f"{path.stem}_{split}"
-        register(names[split], path.parent / files["annotations"], path.parent / files["images"])
+        if "voc" in files:
+            _register_voc(names[split], path.parent / files["voc"], files["set"])
+        else:
+            images = path.parent / files["images"]
+            register(names[split], path.parent / files["annotations"], images)
     classes = {split: dataset_classes(name) for split, name in names.items()}
     if len(set(classes.values())) > 1:
         raise UserError(f"{path}: the categories of train and val differ; make them the same list")
@@ -239,10 +281,11 @@ def _read_yaml(path: Path) -> dict[str, dict[str, str]]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"data set file {path} is not valid YAML ({error})") from error
     form = "train: {annotations: FILE, images: DIRECTORY} and/or val: ..."
+    keys = ({"annotations", "images"}, {"voc", "set"})
     if not isinstance(data, dict) or not data or not set(data) <= {"train", "val"}:
         raise UserError(f"data set file {path} must have the form {form}")
     for split, files in data.items():
-        if not isinstance(files, dict) or set(files) != {"annotations", "images"}:
+        if not isinstance(files, dict) or set(files) not in keys:
             raise UserError(f"data set file {path}: {split!r} must have the form {form}")
         for key, value in files.items():
             if not isinstance(value, str):

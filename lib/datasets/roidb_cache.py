@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from core.config import cfg
+from datasets.annotations import content_blocks
 from datasets.entry import RoidbEntry, make_entry
 from datasets.json_dataset import JsonDataset, check_images_exist
 from utils.packed_roidb import PackedRoidb
@@ -26,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 # Raise when entries get other content from the same annotations.
 _CODE_VERSION = 1
-
-_BLOCK = 2**24  # bytes read at a time while hashing
 
 
 def cached_gt_roidb(dataset: JsonDataset) -> list[RoidbEntry]:
@@ -49,9 +48,8 @@ def cached_gt_roidb(dataset: JsonDataset) -> list[RoidbEntry]:
 def cache_path(dataset: JsonDataset) -> Path:
     """Where the roidb of the data set, as it is now, is kept."""
     digest = hashlib.sha256()
-    with open(dataset.annotation_file, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+    for block in content_blocks(dataset.annotation_file):
+        digest.update(block)
     settings = {
         "version": _CODE_VERSION,
         "images": dataset.image_path(""),
