@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,29 @@ FOLDERS = {
 TTA = "test_time_aug__"
 
 
-def table_stems() -> list[str]:
-    """Names of all 87; none where there is no reference data."""
+@functools.cache
+def config_table() -> dict[str, dict[str, Any]]:
+    """All 87 by name, each {full key: value}; none where there is no reference data."""
     path = ROOT.parent / "shared/spec/config_table.json"
-    return sorted(json.loads(path.read_text())) if path.is_file() else []
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def detectron_yaml(table: dict[str, Any]) -> str:
-    """The file as Detectron has it, from an entry of `spec/config_table.json`."""
-    keys = {k: v for k, v in table.items() if not k.startswith("_") and not k.endswith(".file")}
+def table_stems() -> list[str]:
+    return sorted(config_table())
+
+
+def detectron_yaml(stem: str) -> str:
+    """The file as Detectron has it."""
+    keys = {
+        k: v
+        for k, v in config_table()[stem].items()
+        if not k.startswith("_") and not k.endswith(".file")
+    }
     return yaml.safe_dump(nested(keys))
 
 
-def family_config(stem: str, table: dict[str, Any]) -> Path:
+def family_config(stem: str) -> Path:
     """This family's file of the same model and schedule."""
-    return ROOT / "configs" / FOLDERS[table["_dir"]] / f"{stem.removeprefix(TTA)}.yaml"
+    return (
+        ROOT / "configs" / FOLDERS[config_table()[stem]["_dir"]] / f"{stem.removeprefix(TTA)}.yaml"
+    )

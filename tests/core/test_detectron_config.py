@@ -13,7 +13,7 @@ from test_config import as_json, flat
 from core import config
 from core.config import ConfigError, UnknownKeyError, UnknownOptionError
 from core.detectron_config import IMAGENET_FILES
-from detectron_configs import FOLDERS, detectron_yaml, family_config, table_stems
+from detectron_configs import detectron_yaml, family_config, table_stems
 
 # What Detectron's files say and this family's leave to --dataset or say otherwise.
 OWN_BUSINESS = {"TRAIN.DATASETS", "TEST.DATASETS", "OUTPUT_DIR", "MODEL.NUM_CLASSES"}
@@ -37,12 +37,11 @@ def merge(tmp_path, cfg, caplog):
 
 
 @pytest.mark.parametrize("stem", table_stems())
-def test_detectrons_file_and_this_familys_are_one_config(stem, shared, cfg, merge):
-    table = json.loads((shared / "spec/config_table.json").read_text())[stem]
-    merge(detectron_yaml(table))
+def test_detectrons_file_and_this_familys_are_one_config(stem, cfg, merge):
+    merge(detectron_yaml(stem))
     detectrons = flat(cfg)
     config.reset_cfg()
-    config.merge_cfg_from_file(family_config(stem, table))
+    config.merge_cfg_from_file(family_config(stem))
     ours = flat(cfg)
     weights = Path(detectrons.pop("RESNETS.IMAGENET_PRETRAINED_WEIGHTS")).name
     expected = Path(ours.pop("RESNETS.IMAGENET_PRETRAINED_WEIGHTS")).name
@@ -51,11 +50,6 @@ def test_detectrons_file_and_this_familys_are_one_config(stem, shared, cfg, merg
         # Six published keypoint configs keep the alias, which is the same head.
         if as_json(value) != "head_builder.roi_2mlp_head" and key not in OWN_BUSINESS:
             assert as_json(detectrons[key]) == as_json(value), key
-
-
-def test_every_folder_of_detectron_has_one_here(shared):
-    table = json.loads((shared / "spec/config_table.json").read_text())
-    assert {entry["_dir"] for entry in table.values()} == set(FOLDERS)
 
 
 class TestNames:
