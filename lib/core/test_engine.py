@@ -22,6 +22,7 @@ from core.test_pipeline import detect_files
 from core.train_engine import place_model, prepare_device
 from datasets import task_evaluation
 from datasets.json_dataset import JsonDataset
+from datasets.proposals import proposal_file_for_testing
 from modeling.model_builder import Generalized_RCNN
 from utils.detectron_weight_helper import load_detectron_weight
 from utils.net import load_ckpt
@@ -134,6 +135,8 @@ def test_net(
 ) -> DatasetResults:
     """Detect in the images of a data set (or of a range of it) and write the detections file.
 
+    A model without an RPN looks at the proposals of the data set's TEST.PROPOSAL_FILES.
+
     Args:
         model: `Generalized_RCNN` in eval mode.
         ind_range: first image and one past the last, in the order of image ids; the file is then
@@ -144,7 +147,8 @@ def test_net(
         UserError: an image cannot be read, or the range is not one of this data set.
     """
     dataset = JsonDataset(dataset) if isinstance(dataset, str) else dataset
-    roidb = dataset.get_roidb()
+    given = proposal_file_for_testing(dataset.name)
+    roidb = dataset.get_roidb(proposal_file=given)
     file = Path(output_dir) / DETECTIONS_FILE
     if ind_range is not None:
         start, end = ind_range
@@ -166,6 +170,7 @@ def test_net(
             [(entry["height"], entry["width"]) for entry in roidb],
             batch_size=batch_size,
             num_workers=cfg.DATA_LOADER.NUM_THREADS,
+            proposals=None if given is None else [entry["boxes"] for entry in roidb],
         ):
             if found.error is not None:
                 raise found.error

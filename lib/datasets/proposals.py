@@ -41,6 +41,14 @@ def proposal_files(split: str) -> tuple[str | None, ...]:
     return tuple(files)
 
 
+def proposal_file_for_testing(name: str) -> str | None:
+    """The proposal file of a data set of cfg.TEST; None for one that is not of it or needs none.
+
+    Raises UserError as proposal_files does.
+    """
+    return dict(zip(cfg.TEST.DATASETS, proposal_files("TEST"), strict=True)).get(name)
+
+
 def load_proposals(
     path: str | Path, roidb: Sequence[RoidbEntry], limit: int = 0
 ) -> list[np.ndarray]:
