@@ -39,6 +39,7 @@ from core.test_arrays import (
 )
 from core.test_augment import Pairs, box_outputs, candidates, keypoint_maps, mask_maps
 from core.test_forward import ImageBatch, own_channel, plain_view
+from core.test_retinanet import retinanet_detections
 from ops import masks_to_rles
 from utils.blob import Placed
 
@@ -154,11 +155,15 @@ def detect_batch(
         )
 
     with _timed(timers, "im_detect_bbox"):
-        outputs, features = box_outputs(net, batch)
+        if cfg.RETINANET.RETINANET_ON:
+            boxes, scores, cls, image = retinanet_detections(net, batch)
+        else:
+            outputs, features = box_outputs(net, batch)
     with _timed(timers, "misc_bbox"):
-        boxes, scores, cls, image = candidates(outputs)
-        keep, boxes, scores = _select(boxes, scores, cls, image)
-        cls, image = cls[keep], image[keep]
+        if not cfg.RETINANET.RETINANET_ON:
+            boxes, scores, cls, image = candidates(outputs)
+            keep, boxes, scores = _select(boxes, scores, cls, image)
+            cls, image = cls[keep], image[keep]
         counts = torch.bincount(image, minlength=len(images)).tolist()
 
     masks = heatmaps = None
@@ -285,7 +290,8 @@ def _check_supported(proposals: Sequence[np.ndarray] | None) -> None:
         raise UserError(
             "a model with MODEL.RPN_ONLY detects nothing: tools/test_net.py writes its proposals."
         )
-    if not cfg.MODEL.FASTER_RCNN and proposals is None:
+    makes_its_own = cfg.MODEL.FASTER_RCNN or cfg.RETINANET.RETINANET_ON
+    if not makes_its_own and proposals is None:
         raise UserError(
             "this model has no RPN (MODEL.FASTER_RCNN False): give it proposals, box_proposals of "
             "an image or TEST.PROPOSAL_FILES of a data set."

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import cfg
+from core.errors import UserError
 from core.test_augment import (
     box_outputs,
     boxes_in_views,
@@ -239,6 +240,8 @@ def _bbox_of_view(
     model: nn.Module, im: np.ndarray, view: View, box_proposals: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, float, Any]:
     """Scores (R, C), boxes (R, 4C) in image pixels, scale, and feature maps of one view."""
+    if cfg.RETINANET.RETINANET_ON:
+        raise UserError("RetinaNet has no proposals to score: call im_detect_all instead.")
     net, images = _one_image(model, im, box_proposals)
     out, features = forward(net, images, view)
     scale = float(features.scales[0])
