@@ -39,13 +39,16 @@ def fpn_ResNet152_conv5_P2only_body() -> fpn_P2only:
 
 
 def get_min_max_levels() -> tuple[int, int]:
-    """Finest and coarsest pyramid level that the RPN or the RoI heads use."""
+    """Finest and coarsest pyramid level that the RPN or the RoI heads use.
+
+    Whichever of the two is not MULTILEVEL uses the finest alone.
+    """
     levels = []
     if cfg.FPN.MULTILEVEL_RPN:
         levels += [cfg.FPN.RPN_MIN_LEVEL, cfg.FPN.RPN_MAX_LEVEL]
     if cfg.FPN.MULTILEVEL_ROIS:
         levels += [cfg.FPN.ROI_MIN_LEVEL, cfg.FPN.ROI_MAX_LEVEL]
-    return (min(levels), max(levels)) if levels else (LOWEST_BACKBONE_LVL, HIGHEST_BACKBONE_LVL)
+    return (min(levels), max(levels)) if levels else (LOWEST_BACKBONE_LVL, LOWEST_BACKBONE_LVL)
 
 
 class fpn(nn.Module):
@@ -74,6 +77,9 @@ class fpn(nn.Module):
         self.posthoc_modules = nn.ModuleList(
             _conv_norm(self.dim_out, self.dim_out, 3) for _ in dims
         )
+        # Outputs above the coarsest level in use: in Detectron's files, but nothing to be trained.
+        self.num_unused = max(0, HIGHEST_BACKBONE_LVL - self.max_level)
+        self.posthoc_modules[: self.num_unused].requires_grad_(False)
         extra_levels = self.max_level - HIGHEST_BACKBONE_LVL if cfg.FPN.EXTRA_CONV_LEVELS else 0
         self.extra_pyramid_modules = nn.ModuleList(
             _extra_conv(self.dim_out if i else dims[0], self.dim_out) for i in range(extra_levels)
@@ -82,22 +88,18 @@ class fpn(nn.Module):
         self.conv_body = conv_body
         self.spatial_scale = [1.0 / 2**k for k in range(self.max_level, self.min_level - 1, -1)]
 
-    def top_down(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The backbone's stages, and each with what the coarser ones hand down; coarse to fine."""
+    def forward(self, x: Tensor) -> list[Tensor]:
         stages = self.conv_body.stages(x)[::-1]
         inner = [self.conv_top(stages[0])]
         for module, lateral in zip(self.topdown_lateral_modules, stages[1:], strict=False):
             inner.append(module(inner[-1], lateral))
-        return stages, inner
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        stages, inner = self.top_down(x)
-        out = [module(x) for module, x in zip(self.posthoc_modules, inner, strict=True)]
+        levels = list(zip(self.posthoc_modules, inner, strict=True))
+        out = [module(x) for module, x in levels[self.num_unused :]]
         for i, conv in enumerate(self.extra_pyramid_modules):
             out.insert(0, conv(F.relu(out[0]) if i else stages[0]))
         if self.max_level > HIGHEST_BACKBONE_LVL and not self.extra_pyramid_modules:
             out.insert(0, F.max_pool2d(out[0], kernel_size=1, stride=2))
-        return out[-len(self.spatial_scale) :]  # levels above the coarsest in use go unused
+        return out
 
     def detectron_weight_mapping(self) -> tuple[dict[str, str], list[str]]:
         body_mapping, orphans = self.conv_body.detectron_weight_mapping()
@@ -118,21 +120,17 @@ class fpn(nn.Module):
 
 
 class fpn_P2only(fpn):
-    """A pyramid of which only the finest level is used, with FPN.FPN_ON False.
+    """A pyramid whose finest level alone is used, as one map, with FPN.FPN_ON False.
 
-    `forward` returns one map (N, FPN.DIM, H / 4, W / 4); `spatial_scale` is a number. The coarser
-    levels' output convolutions are there, as in Detectron's files, but frozen: nothing uses them.
+    `forward` returns (N, FPN.DIM, H / 4, W / 4); `spatial_scale` is a number.
     """
 
     def __init__(self, conv_body_func) -> None:
         super().__init__(conv_body_func)
         self.spatial_scale = self.spatial_scale[-1]
-        for module in self.posthoc_modules[:-1]:
-            module.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, inner = self.top_down(x)
-        return self.posthoc_modules[-1](inner[-1])
+        return super().forward(x)[-1]
 
 
 class topdown_lateral_module(nn.Module):
