@@ -13,6 +13,7 @@ from core.test_engine import run_inference
 from datasets.dataset_catalog import resolve_dataset
 from utils.device import pick_devices
 from utils.logging import setup_logging
+from utils.model_zoo import ZOO_PREFIX
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -25,7 +26,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cfg", dest="cfg_file", required=True, help="config (YAML)")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--load_ckpt", help="checkpoint (.pth) to test")
-    weights.add_argument("--load_detectron", help="Detectron weights (.pkl) to test")
+    weights.add_argument(
+        "--load_detectron", help="Detectron weights to test: .pkl or zoo://CONFIG_STEM"
+    )
     parser.add_argument(
         "--output_dir",
         help="where results go; default: test/ beside the folder that the weights are in",
@@ -64,8 +67,12 @@ def main(argv: list[str] | None = None) -> int:
 
     args.device = pick_devices(args.device)[0]
     if args.output_dir is None:
-        weights = Path(args.load_ckpt or args.load_detectron).absolute()
-        args.output_dir = weights.parent.parent / "test"
+        weights = args.load_ckpt or args.load_detectron
+        args.output_dir = (
+            Path(cfg.OUTPUT_DIR) / weights.removeprefix(ZOO_PREFIX) / "test"
+            if weights.startswith(ZOO_PREFIX)
+            else Path(weights).absolute().parent.parent / "test"
+        )
     run_inference(args, ind_range=tuple(args.range) if args.range else None)
     return 0
 

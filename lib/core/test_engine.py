@@ -24,7 +24,8 @@ from datasets import task_evaluation
 from datasets.json_dataset import JsonDataset
 from datasets.proposals import proposal_file_for_testing
 from modeling.model_builder import Generalized_RCNN
-from utils.detectron_weight_helper import load_detectron_weight
+from utils.detectron_weight_helper import load_detectron_weight, use_box_weights_of
+from utils.load_report import first_names
 from utils.net import load_ckpt
 from utils.progress import Progress
 from utils.run_dir import make_folder, plain
@@ -33,95 +34,149 @@ from utils.weights import atomic_write
 
 logger = logging.getLogger(__name__)
 
-DETECTIONS_FILE = "detections.pkl"
-
-
-@dataclass
-class DatasetResults:
-    """Detections of a data set's images as Detectron nests them: `all_boxes[class][image]`."""
-
-    all_boxes: list[list[np.ndarray | list]]
-    all_segms: list[list[list[dict[str, Any]]]]
-    all_keyps: list[list[list]]
-
-    @classmethod
-    def empty(cls, num_classes: int, num_images: int) -> DatasetResults:
-        """Nothing detected yet: every entry is []."""
-        return cls(
-            *([[[] for _ in range(num_images)] for _ in range(num_classes)] for _ in range(3))
-        )
-
-    def extend(
-        self,
-        image: int,
-        cls_boxes: ClassBoxes,
-        cls_segms: ClassSegms | None,
-        cls_keyps: ClassKeyps | None,
-    ) -> None:
-        """Put in what was detected in one image; class 0, the background, stays []."""
-        for j in range(1, len(cls_boxes)):
-            self.all_boxes[j][image] = cls_boxes[j]
-            if cls_segms is not None:
-                self.all_segms[j][image] = cls_segms[j]
-            if cls_keyps is not None:
-                self.all_keyps[j][image] = cls_keyps[j]
-
-    def save(self, path: Path) -> None:
-        """Write Detectron's detections file: whole, or not at all."""
-        content = {
-            "all_boxes": self.all_boxes,
-            "all_segms": self.all_segms,
-            "all_keyps": self.all_keyps,
-            "cfg": yaml.safe_dump(plain(cfg), sort_keys=False),
-        }
-        with atomic_write(path) as file:
-            pickle.dump(content, file, pickle.HIGHEST_PROTOCOL)
-        logger.info("wrote %s", path.resolve())
-
-
-def run_inference(
-    args: argparse.Namespace, ind_range: tuple[int, int] | None = None
-) -> dict[str, dict[str, dict[str, float]]]:
+def run_inference(args: argparse.Namespace, ind_range: tuple[int, int] | None = None) -> Results:
     """Test a model on cfg.TEST.DATASETS.
 
     Args:
         args: `load_ckpt` or `load_detectron` (weight file), `output_dir`, `device`, and optionally
-            `bs` (images a forward pass, 1) and `vis` (draw the detections too).
+            `bs` (images a forward pass, 1), `amp` (`off`, `bf16`, `fp16`), `vis` (draw the
+            detections too), `devices` (several: a process on each shares the test, which needs
+            `dataset`, the script's --dataset), `sharded` (the ranks of core.distributed share it:
+            all of them call this, and rank 0 scores).
         ind_range: test only the images START .. END - 1 and write a part file; nothing is scored.
 
     Returns:
-        data set -> task -> metric -> value; {} with ind_range.
+        data set -> task -> metric -> value; {} with ind_range, and on ranks other than 0.
     """
+    devices = getattr(args, "devices", None) or [args.device]
+    if len(devices) > 1 and ind_range is None:
+        return _test_in_processes(args, devices)
     model = initialize_model_from_cfg(args)
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    for name in cfg.TEST.DATASETS:
-        folder = Path(args.output_dir)
-        if len(cfg.TEST.DATASETS) > 1:
-            folder = folder / name
-        options = {
-            "batch_size": getattr(args, "bs", 1),
-            "vis": getattr(args, "vis", False) or cfg.VIS,
-        }
-        if ind_range is None:
-            results.update(test_net_on_dataset(model, name, folder, **options))
+    results: Results = {}
+    shares = world_size() if getattr(args, "sharded", False) else 1
+    for name, folder in _folders(args.output_dir):
+        if ind_range is not None:
+            test_net(model, name, folder, ind_range, **_options(args))
+        elif shares > 1:
+            _test_share(model, name, folder, rank(), shares, args)
+            gather_objects(None)  # every part file is written
+            if rank() == 0:
+                results.update(_join_and_score(name, folder, shares))
         else:
-            test_net(model, name, folder, ind_range, **options)
+            results.update(test_net_on_dataset(model, name, folder, **_options(args)))
     return results
 
 
+def _folders(output_dir: str | Path) -> list[tuple[str, Path]]:
+    """Each data set of cfg.TEST.DATASETS and where its results go."""
+    names = cfg.TEST.DATASETS
+    return [(n, Path(output_dir) / n if len(names) > 1 else Path(output_dir)) for n in names]
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "batch_size": getattr(args, "bs", 1),
+        "vis": getattr(args, "vis", False) or cfg.VIS,
+        "amp": getattr(args, "amp", "off"),
+    }
+
+
+def _test_in_processes(args: argparse.Namespace, devices: Sequence[torch.device]) -> Results:
+    """run_inference by one process a device, each on a contiguous range of every data set."""
+    logger.info("testing in %d processes: the first one's progress is shown", len(devices))
+    run_in_processes(_one_process, len(devices), devices, dict(cfg), args)
+    results: Results = {}
+    for name, folder in _folders(args.output_dir):
+        results.update(_join_and_score(name, folder, len(devices)))
+    return results
+
+
+def _one_process(
+    number: int,
+    devices: Sequence[torch.device],
+    config: Mapping[str, Any],
+    args: argparse.Namespace,
+) -> None:
+    """What one of several testing processes does, from the beginning."""
+    setup_logging(__name__)
+    if number:
+        logging.getLogger().setLevel(logging.WARNING)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(devices)))
+    reset_cfg()
+    cfg.update(config)
+    cfg.freeze()
+    resolve_dataset(args.dataset)  # makes a user's own data known here
+    args.device = devices[number]
+    model = initialize_model_from_cfg(args)
+    for name, folder in _folders(args.output_dir):
+        _test_share(model, name, folder, number, len(devices), args)
+
+
+def _test_share(
+    model: nn.Module, name: str, folder: Path, number: int, shares: int, args: argparse.Namespace
+) -> None:
+    """Test the part of a data set that falls to one of several processes; write a part file."""
+    ranges = split_range(len(JsonDataset(name).image_ids), shares)
+    if number < len(ranges):
+        test_net(model, name, folder, ranges[number], **_options(args))
+
+
+def _join_and_score(name: str, folder: Path, shares: int) -> Results:
+    dataset = JsonDataset(name)
+    found = join_parts(folder, split_range(len(dataset.image_ids), shares))
+    _save(found, folder / DETECTIONS_FILE)
+    return _score(dataset, found, folder)
+
+
+def _score(dataset: JsonDataset, found: DatasetResults, folder: Path) -> Results:
+    return task_evaluation.evaluate_all(
+        dataset, found.all_boxes, found.all_segms, found.all_keyps, str(folder)
+    )
+
+
+def _save(found: DatasetResults, path: Path) -> None:
+    found.save(path)
+    logger.info("wrote %s", path.resolve())
+
+
 def test_net_on_dataset(
-    model: nn.Module, dataset_name: str, output_dir: Path, *, batch_size: int = 1, vis: bool = False
-) -> Mapping[str, dict[str, dict[str, float]]]:
+    model: nn.Module,
+    dataset_name: str,
+    output_dir: Path,
+    *,
+    batch_size: int = 1,
+    vis: bool = False,
+    amp: str = "off",
+) -> Results:
     """Detect in every image of a data set, write `detections.pkl`, and evaluate.
 
     Returns:
         data set -> task -> metric -> value.
     """
     dataset = JsonDataset(dataset_name)
-    found = test_net(model, dataset, output_dir, batch_size=batch_size, vis=vis)
-    return task_evaluation.evaluate_all(
-        dataset, found.all_boxes, found.all_segms, found.all_keyps, str(output_dir)
-    )
+    found = test_net(model, dataset, output_dir, batch_size=batch_size, vis=vis, amp=amp)
+    return _score(dataset, found, Path(output_dir))
+
+
+def score_detections(file: str | Path, output_dir: str | Path) -> Results:
+    """Evaluate a detections file, of this project or of Detectron, on the one data set of
+    cfg.TEST.DATASETS. Nothing in the file is run.
+
+    Raises:
+        UserError: the file is none, or is of other classes or images than the data set.
+    """
+    if len(cfg.TEST.DATASETS) != 1:
+        raise UserError(f"{file} is of one data set, but --dataset names {cfg.TEST.DATASETS}")
+    found, _ = load_detections(file)
+    dataset = JsonDataset(cfg.TEST.DATASETS[0])
+    shape = len(found.all_boxes), found.num_images
+    if shape != (dataset.num_classes, len(dataset.image_ids)):
+        raise UserError(
+            f"{file} has {shape[0]} classes (with background) and {shape[1]} images, but "
+            f"{dataset.name} has {dataset.num_classes} and {len(dataset.image_ids)}: name the data "
+            "set that was tested with --dataset"
+        )
+    return _score(dataset, found, make_folder(output_dir))
 
 
 def test_net(
@@ -132,16 +187,20 @@ def test_net(
     *,
     batch_size: int = 1,
     vis: bool = False,
+    amp: str = "off",
 ) -> DatasetResults:
     """Detect in the images of a data set (or of a range of it) and write the detections file.
 
-    A model without an RPN looks at the proposals of the data set's TEST.PROPOSAL_FILES.
+    An interrupted test leaves a part file, and the next one of the same model, config and images
+    goes on from there. A model without an RPN looks at the proposals of the data set's
+    TEST.PROPOSAL_FILES.
 
     Args:
         model: `Generalized_RCNN` in eval mode.
         ind_range: first image and one past the last, in the order of image ids; the file is then
             `detection_range_{START}_{END}.pkl`.
         vis: also write a PDF of each image's detections that score VIS_TH into `output_dir/vis`.
+        amp: `off`, `bf16` or `fp16`: precision of the network.
 
     Raises:
         UserError: an image cannot be read, or the range is not one of this data set.
@@ -149,45 +208,71 @@ def test_net(
     dataset = JsonDataset(dataset) if isinstance(dataset, str) else dataset
     given = proposal_file_for_testing(dataset.name)
     roidb = dataset.get_roidb(proposal_file=given)
-    file = Path(output_dir) / DETECTIONS_FILE
+    start, end = ind_range or (0, len(roidb))
+    if not 0 <= start < end <= len(roidb):
+        raise UserError(
+            f"--range {start} {end} is not part of {dataset.name}: it has {len(roidb)} images, "
+            f"so START may be 0 to {len(roidb) - 1} and END at most {len(roidb)}."
+        )
+    folder = make_folder(output_dir)
+    part = PartFile(folder, start, end, test_fingerprint(model, roidb, amp=amp, vis=vis))
+    names = picture_names([entry["image"] for entry in roidb], "pdf")[start:end]
+    roidb = roidb[start:end]
+    remaining = part.remaining
+    if len(remaining) < len(roidb):
+        logger.info("%d of %d images have been tested before", part.done.sum(), len(roidb))
+    todo = [roidb[i] for i in remaining]
+    try:
+        with Progress(len(todo)) as progress:
+            for found in detect_files(
+                model,
+                [entry["image"] for entry in todo],
+                [(entry["height"], entry["width"]) for entry in todo],
+                batch_size=batch_size,
+                num_workers=cfg.DATA_LOADER.NUM_THREADS,
+                amp=amp,
+                left_right=_left_right(dataset),
+                proposals=None if given is None else [entry["boxes"] for entry in todo],
+            ):
+                if found.error is not None:
+                    raise found.error
+                image = remaining[found.index]
+                part.add(image, found.cls_boxes, found.cls_segms, found.cls_keyps)
+                if vis:
+                    _draw(found, folder / "vis" / names[image], dataset)
+                progress.advance()
+    except BaseException:
+        if part.done.any():
+            part.save()
+            logger.info("kept what was tested in %s: the same command goes on", part.path)
+        raise
     if ind_range is not None:
-        start, end = ind_range
-        if not 0 <= start < end <= len(roidb):
-            raise UserError(
-                f"--range {start} {end} is not part of {dataset.name}: it has {len(roidb)} images, "
-                f"so START may be 0 to {len(roidb) - 1} and END at most {len(roidb)}."
-            )
-        roidb = roidb[start:end]
-        file = file.with_name(f"detection_range_{start}_{end}.pkl")
-    make_folder(file.parent)
+        part.save()
+        logger.info("wrote %s", part.path.resolve())
+    else:
+        _save(part.results, folder / DETECTIONS_FILE)
+        part.remove()
+    return part.results
 
-    results = DatasetResults.empty(cfg.MODEL.NUM_CLASSES, len(roidb))
-    names = picture_names([entry["image"] for entry in roidb], "pdf")
-    with Progress(len(roidb)) as progress:
-        for found in detect_files(
-            model,
-            [entry["image"] for entry in roidb],
-            [(entry["height"], entry["width"]) for entry in roidb],
-            batch_size=batch_size,
-            num_workers=cfg.DATA_LOADER.NUM_THREADS,
-            proposals=None if given is None else [entry["boxes"] for entry in roidb],
-        ):
-            if found.error is not None:
-                raise found.error
-            results.extend(found.index, found.cls_boxes, found.cls_segms, found.cls_keyps)
-            if vis:
-                make_folder(file.parent / "vis")
-                vis_one_image(
-                    found.image,
-                    file.parent / "vis" / names[found.index],
-                    found.cls_boxes,
-                    found.cls_segms,
-                    class_names=dataset.classes,
-                    thresh=cfg.VIS_TH,
-                )
-            progress.advance()
-    results.save(file)
-    return results
+
+def _left_right(dataset: JsonDataset) -> list[tuple[int, int]] | None:
+    """Indices of the keypoints that change places in a mirrored image."""
+    names = dataset.keypoints
+    if not names:
+        return None
+    return [(names.index(a), names.index(b)) for a, b in dataset.keypoint_flip_map.items()]
+
+
+def _draw(found: FileResult, path: Path, dataset: JsonDataset) -> None:
+    make_folder(path.parent)
+    vis_one_image(
+        found.image,
+        path,
+        found.cls_boxes,
+        found.cls_segms,
+        class_names=dataset.classes,
+        thresh=cfg.VIS_TH,
+    )
 
 
 def initialize_model_from_cfg(args: argparse.Namespace) -> nn.Module:
@@ -199,12 +284,13 @@ def initialize_model_from_cfg(args: argparse.Namespace) -> nn.Module:
         load_ckpt(model, args.load_ckpt)
     else:
         logger.info("loading Detectron weights %s", args.load_detectron)
-        missing = load_detectron_weight(model, args.load_detectron).missing
-        if missing:
+        report = load_detectron_weight(model, args.load_detectron)
+        if report.missing:
             raise UserError(
-                f"{args.load_detectron} is not a model of this config: it lacks {missing[0]} and "
-                f"{len(missing) - 1} more; use the config that it was trained with."
+                f"{args.load_detectron} is not a model of this config: it lacks "
+                f"{first_names(report.missing)}; use the config that it was trained with."
             )
+        use_box_weights_of(report)
     device = torch.device(args.device)
     prepare_device(device)
     return place_model(model, device).eval()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from core.config import cfg
 from core.errors import UserError
 from utils.detectron_weight_helper import load_blobs
-from utils.net import first_names
+from utils.load_report import first_names
 from utils.weights import read_detectron_blobs, read_torch_file
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ Detectron.pytorch, which load here too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from core.errors import UserError
-from utils.weights import read_torch_file, save_torch_file
+from utils.load_report import LoadReport, first_names
+from utils.weights import SAFETENSORS, read_safetensors, read_torch_file, save_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -212,10 +213,13 @@ def save_ckpt(path: str | Path, **content: Any) -> None:
 def read_ckpt(path: str | Path) -> dict[str, Any]:
     """A checkpoint file as a dict with at least `model`; a bare state dict becomes one.
 
+    Files named `.safetensors` are read as such.
+
     Raises:
         UserError: the file is missing, damaged, or holds no weights.
     """
-    content = read_torch_file(path)
+    is_safe = Path(path).suffix == SAFETENSORS
+    content = read_safetensors(path) if is_safe else read_torch_file(path)
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         return dict(content)
     if isinstance(content, Mapping) and any(torch.is_tensor(v) for v in content.values()):
@@ -229,8 +233,8 @@ def load_ckpt(
     *,
     new_classes: bool = False,
     source: str | Path = "the checkpoint",
-) -> None:
-    """Load the weights of a checkpoint into a model.
+) -> LoadReport:
+    """Load the weights of a checkpoint into a model. Logs the report.
 
     Args:
         ckpt: a file, a checkpoint's dict, or its state dict.
@@ -246,7 +250,8 @@ def load_ckpt(
     own = model.state_dict()
     # Layers without a Detectron blob are copies or constants; older checkpoints lack some.
     mapping = getattr(model, "detectron_weight_mapping", ({}, []))[0]
-    missing = [n for n in own if n not in state and mapping.get(n, n) is not None]
+    lacking = [n for n in own if n not in state]
+    missing = [n for n in lacking if mapping.get(n, n) is not None]
     unexpected = [n for n in state if n not in own]
     mismatched = [n for n in own if n in state and own[n].shape != state[n].shape]
     skipped = [n for n in mismatched if new_classes and is_class_predictor(n, own, state)]
@@ -269,15 +274,11 @@ def load_ckpt(
             f"{source} is not a checkpoint of this model: "
             f"{'; '.join(filter(None, problems))}: {advice}"
         )
-    for name in skipped:
-        logger.info(
-            "%s: %s keeps its initialisation (%s here, %s there: another number of classes)",
-            source,
-            name,
-            tuple(own[name].shape),
-            tuple(state[name].shape),
-        )
-    model.load_state_dict({n: state[n] for n in own if n in state and n not in skipped}, False)
+    loaded = {n: state[n] for n in own if n in state and n not in skipped}
+    model.load_state_dict(loaded, strict=False)
+    report = LoadReport(list(loaded), _shapes(skipped, own, state), without_blob=lacking)
+    report.log(source)
+    return report
 
 
 def warn_of_another_training(checkpoint: Mapping[str, Any], **values: int) -> None:
@@ -303,9 +304,3 @@ def is_class_predictor(name: str, own: Mapping[str, Any], other: Mapping[str, An
 
 def _shapes(names: Iterable[str], own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [f"{n} ({tuple(own[n].shape)}, in the file {tuple(other[n].shape)})" for n in names]
-
-
-def first_names(names: Sequence[str], shown: int = 3) -> str:
-    """`a, b, c and 5 more`, for messages."""
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest

@@ -6,14 +6,20 @@ import contextlib
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors.torch
 import torch
+import yaml
 
+from core.config_yaml import load_yaml
 from core.errors import UserError
+
+SAFETENSORS = ".safetensors"
 
 # Everything that a pickled dict of numpy arrays names, in both of python's pickle eras and before
 # and after numpy moved its core. Nothing here runs code chosen by the file.
@@ -31,13 +37,20 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _number(kind: np.dtype, content: bytes | str) -> np.generic:
+    """Stands for numpy's `scalar`, without the types whose content is a pickle again."""
+    if kind.hasobject:
+        raise pickle.UnpicklingError("it holds an object as a number")
+    return _NUMPY_SCALAR(kind, content)
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("collections", "OrderedDict"): dict,
     ("_codecs", "encode"): _encode_latin1,
     **{(module, "_reconstruct"): _NUMPY_RECONSTRUCT for module in _MULTIARRAY},
-    **{(module, "scalar"): _NUMPY_SCALAR for module in _MULTIARRAY},
+    **{(module, "scalar"): _number for module in _MULTIARRAY},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _NUMPY_FROM_BUFFER for core in ("core", "_core")},
     **{
         (module, kind.__name__): kind
@@ -68,10 +81,21 @@ def unpickle_data(file: BinaryIO) -> Any:
     return _WeightUnpickler(file, encoding="latin1").load()
 
 
-def read_detectron_blobs(path: str | Path) -> dict[str, np.ndarray]:
-    """The blobs of a Detectron `.pkl` (`{'blobs': ...}` or a bare dict), by name.
+@dataclass
+class DetectronFile:
+    """Content of a Detectron `.pkl`.
 
-    The file may be written by python 2 or 3; it can not run code.
+    blobs: name -> array. config: the config of the training, None in ImageNet and older files.
+    """
+
+    blobs: dict[str, np.ndarray]
+    config: Mapping[str, Any] | None
+
+
+def read_detectron_file(path: str | Path) -> DetectronFile:
+    """A Detectron `.pkl` (`{'blobs': ..., 'cfg': ...}` or a bare dict of blobs).
+
+    The file may be written by python 2 or 3; neither it nor the config in it can run code.
 
     Raises:
         UserError: the file is missing, damaged, no such file at all, or holds more than data.
@@ -83,7 +107,9 @@ def read_detectron_blobs(path: str | Path) -> dict[str, np.ndarray]:
     # A damaged pickle can raise nearly anything.
     except Exception as error:
         raise UserError(_cannot_read(path, error, "Detectron .pkl weights")) from error
+    config = None
     if isinstance(content, dict) and isinstance(content.get("blobs"), dict):
+        config = _embedded_config(path, content.get("cfg"))
         content = content["blobs"]
     blobs = {}
     if isinstance(content, dict):
@@ -94,7 +120,23 @@ def read_detectron_blobs(path: str | Path) -> dict[str, np.ndarray]:
         }
     if not blobs:
         raise UserError(f"{path} holds no weights: a Detectron .pkl is a dict of named arrays")
-    return blobs
+    return DetectronFile(blobs, config)
+
+
+def read_detectron_blobs(path: str | Path) -> dict[str, np.ndarray]:
+    """The blobs of a Detectron `.pkl` by name; errors as `read_detectron_file`."""
+    return read_detectron_file(path).blobs
+
+
+def _embedded_config(path: Path, text: Any) -> Mapping[str, Any] | None:
+    if not isinstance(text, str):
+        return None
+    try:
+        config = load_yaml(text)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or "it is not YAML"
+        raise UserError(f"the config inside {path} cannot be read safely ({reason})") from error
+    return config if isinstance(config, Mapping) else None
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -119,6 +161,19 @@ def read_torch_file(path: str | Path) -> Any:
     # A damaged file can raise nearly anything.
     except Exception as error:
         raise UserError(_cannot_read(path, error, "a PyTorch .pth file")) from error
+
+
+def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Tensors of a `.safetensors` file by name, on the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, or another kind of file.
+    """
+    path = _existing(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(_cannot_read(path, error, "a safetensors file")) from error
 
 
 def save_torch_file(content: Any, path: str | Path) -> None:

@@ -103,7 +103,7 @@ def test_fine_tuning_keeps_only_the_predictors_of_other_classes(tmp_path):
     report = load_detectron_weight(net, path, new_classes=True)
     assert torch.equal(net.Box_Outs["cls_score"].weight, before)
     assert net.Mask_Head.weight.unique().item() == 1
-    assert len(report.new_classes) == 2
+    assert len(report.skipped) == 2
 
 
 @pytest.mark.parametrize(

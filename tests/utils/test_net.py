@@ -193,10 +193,12 @@ def test_other_classes_are_an_error_unless_fine_tuning(tmp_path, caplog):
     with pytest.raises(UserError, match="another number of classes"):
         net_utils.load_ckpt(model, tmp_path / "a.pth")
     with caplog.at_level("INFO"):
-        net_utils.load_ckpt(model, tmp_path / "a.pth", new_classes=True)
+        report = net_utils.load_ckpt(model, tmp_path / "a.pth", new_classes=True)
+    assert len(report.skipped) == 4
+    assert set(report.loaded) == {n for n in model.state_dict() if "_Outs" not in n}
     assert torch.equal(model.Conv_Body[0].weight, source.Conv_Body[0].weight)
     assert torch.equal(model.Box_Outs["cls_score"].weight, before)
-    assert "Box_Outs.bbox_pred.weight keeps its initialisation" in caplog.text
+    assert "skipped, made for another number of classes: Box_Outs.cls_score.weight" in caplog.text
 
 
 def test_the_state_of_another_optimizer_is_refused():
