@@ -4,35 +4,47 @@ from __future__ import annotations
 
 import argparse
 import logging
-import pickle
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
 from torch import nn
 
-from core.config import cfg
+from core.config import cfg, reset_cfg
+from core.distributed import gather_objects, rank, world_size
 from core.errors import UserError
-from core.test import ClassBoxes, ClassKeyps, ClassSegms
-from core.test_pipeline import detect_files
+from core.processes import run_in_processes
+from core.test_pipeline import FileResult, detect_files
+from core.test_results import (
+    DETECTIONS_FILE,
+    DatasetResults,
+    PartFile,
+    join_parts,
+    load_detections,
+    split_range,
+    test_fingerprint,
+)
 from core.train_engine import place_model, prepare_device
 from datasets import task_evaluation
+from datasets.dataset_catalog import resolve_dataset
 from datasets.json_dataset import JsonDataset
 from datasets.proposals import proposal_file_for_testing
 from modeling.model_builder import Generalized_RCNN
 from utils.detectron_weight_helper import load_detectron_weight, use_box_weights_of
 from utils.load_report import first_names
+from utils.logging import setup_logging
 from utils.net import load_ckpt
 from utils.progress import Progress
-from utils.run_dir import make_folder, plain
+from utils.run_dir import make_folder
 from utils.vis import picture_names, vis_one_image
-from utils.weights import atomic_write
 
 logger = logging.getLogger(__name__)
+
+# data set -> task -> metric -> value
+Results = dict[str, dict[str, dict[str, float]]]
+
 
 def run_inference(args: argparse.Namespace, ind_range: tuple[int, int] | None = None) -> Results:
     """Test a model on cfg.TEST.DATASETS.
@@ -270,6 +282,7 @@ def _draw(found: FileResult, path: Path, dataset: JsonDataset) -> None:
         path,
         found.cls_boxes,
         found.cls_segms,
+        found.cls_keyps,
         class_names=dataset.classes,
         thresh=cfg.VIS_TH,
     )

@@ -1,0 +1,243 @@
+"""Detections of a data set, their files, and the part files from which a test goes on.
+
+`detections.pkl` is Detectron's file. `detection_range_{a}_{b}.pkl` is the same for the images a to
+b - 1, with two entries more: which of them are done, and a fingerprint of what they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from core.config import cfg
+from core.errors import UserError
+from core.test import ClassBoxes, ClassKeyps, ClassSegms
+from datasets.entry import RoidbEntry
+from utils.run_dir import plain
+from utils.weights import atomic_write, unpickle_data
+
+logger = logging.getLogger(__name__)
+
+DETECTIONS_FILE = "detections.pkl"
+SECONDS_BETWEEN_PARTS = 60.0
+# What a detection does not depend on.
+_NEUTRAL_KEYS = ("OUTPUT_DIR", "DATA_DIR", "DATA_LOADER", "NUM_GPUS")
+_KINDS = ("all_boxes", "all_segms", "all_keyps")
+
+
+@dataclass
+class DatasetResults:
+    """Detections of a data set's images as Detectron nests them: `all_boxes[class][image]`."""
+
+    all_boxes: list[list[np.ndarray | list]]
+    all_segms: list[list[list[dict[str, Any]]]]
+    all_keyps: list[list[list]]
+
+    @classmethod
+    def empty(cls, num_classes: int, num_images: int) -> DatasetResults:
+        """Nothing detected yet: every entry is []."""
+        return cls(
+            *([[[] for _ in range(num_images)] for _ in range(num_classes)] for _ in range(3))
+        )
+
+    @property
+    def num_images(self) -> int:
+        return len(self.all_boxes[0])
+
+    def extend(
+        self,
+        image: int,
+        cls_boxes: ClassBoxes,
+        cls_segms: ClassSegms | None,
+        cls_keyps: ClassKeyps | None,
+    ) -> None:
+        """Put in what was detected in one image; class 0, the background, stays []."""
+        for j in range(1, len(cls_boxes)):
+            self.all_boxes[j][image] = cls_boxes[j]
+            if cls_segms is not None:
+                self.all_segms[j][image] = cls_segms[j]
+            if cls_keyps is not None:
+                self.all_keyps[j][image] = cls_keyps[j]
+
+    def copy_images(self, other: DatasetResults, pairs: Sequence[tuple[int, int]]) -> None:
+        """Take over images of `other`: pairs of (index here, index there)."""
+        for kind in _KINDS:
+            for mine, theirs in zip(getattr(self, kind), getattr(other, kind), strict=True):
+                for here, there in pairs:
+                    mine[here] = theirs[there]
+
+    def save(self, path: Path, **extra: Any) -> None:
+        """Write Detectron's detections file: whole, or not at all."""
+        content = {kind: getattr(self, kind) for kind in _KINDS}
+        content["cfg"] = yaml.safe_dump(plain(cfg), sort_keys=False)
+        with atomic_write(path) as file:
+            pickle.dump(content | extra, file, pickle.HIGHEST_PROTOCOL)
+
+
+def load_detections(path: str | Path) -> tuple[DatasetResults, dict[str, Any]]:
+    """A detections file of this project or of Detectron, and its other entries (`cfg`, as text).
+
+    Nothing in the file is run.
+
+    Raises:
+        UserError: the file is missing, damaged, or no such file.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = unpickle_data(file)
+    except OSError as error:
+        raise UserError(f"cannot read detections {path}: {error.strerror}") from error
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is damaged or no detections file ({reason})") from error
+    if not isinstance(content, dict) or not _is_nested(content.get("all_boxes")):
+        raise UserError(f"{path} is no detections file: it has no all_boxes[class][image]")
+    shape = [len(of_class) for of_class in content["all_boxes"]]
+    kinds = []
+    for kind in _KINDS:
+        # Detectron leaves out what a model does not have, or writes None.
+        values = content.get(kind) or [[[] for _ in range(n)] for n in shape]
+        if not _is_nested(values) or [len(of_class) for of_class in values] != shape:
+            raise UserError(f"{path} is damaged: {kind} has other images than all_boxes")
+        kinds.append(values)
+    rest = {key: value for key, value in content.items() if key not in _KINDS}
+    return DatasetResults(*kinds), rest
+
+
+def _is_nested(values: Any) -> bool:
+    if not isinstance(values, list) or not values:
+        return False
+    lists = all(isinstance(of_class, list) for of_class in values)
+    return lists and len({len(of_class) for of_class in values}) == 1
+
+
+class PartFile:
+    """The results of a range of images while they come in, kept on disk now and then.
+
+    What earlier tests of the same model, config and images have left in the folder, in whatever
+    ranges, is taken over.
+    """
+
+    def __init__(self, folder: Path, start: int, end: int, fingerprint: str) -> None:
+        self.start, self.fingerprint = start, fingerprint
+        self.path = part_path(folder, start, end)
+        self.results = DatasetResults.empty(cfg.MODEL.NUM_CLASSES, end - start)
+        self.done = np.zeros(end - start, dtype=bool)
+        self._saved = time.monotonic()
+        self._taken: list[Path] = []
+        for path, first, last in part_files(folder):
+            if max(first, start) < min(last, end):
+                self._take_over(path, first)
+
+    @property
+    def remaining(self) -> list[int]:
+        """Images, counted from the start of the range, that are still to be tested."""
+        return np.flatnonzero(~self.done).tolist()
+
+    def add(self, image: int, *found: Any) -> None:
+        """Put in the detections of an image, as `DatasetResults.extend` takes them."""
+        self.results.extend(image, *found)
+        self.done[image] = True
+        if time.monotonic() - self._saved >= SECONDS_BETWEEN_PARTS:
+            self.save()
+
+    def save(self) -> None:
+        """Write the part file."""
+        self.results.save(self.path, done=self.done, fingerprint=self.fingerprint)
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """Delete the part file and those it took over: a detections file has what they have."""
+        for path in {self.path, *self._taken}:
+            path.unlink(missing_ok=True)
+
+    def _take_over(self, path: Path, first: int) -> None:
+        try:
+            other, rest = load_detections(path)
+        except UserError as error:
+            logger.warning("%s; it is ignored", error)
+            return
+        if rest.get("fingerprint") != self.fingerprint:
+            logger.warning("%s is of another model, config or data set; it is ignored", path.name)
+            return
+        self._taken.append(path)
+        theirs = np.flatnonzero(rest["done"]) + first - self.start
+        theirs = theirs[(theirs >= 0) & (theirs < len(self.done))]
+        self.results.copy_images(other, [(i, i - first + self.start) for i in theirs.tolist()])
+        self.done[theirs] = True
+
+
+def join_parts(folder: Path, ranges: Sequence[tuple[int, int]]) -> DatasetResults:
+    """The detections of complete part files as one; the files of that test are deleted.
+
+    ranges: of the files, one after the other from the first image to the last.
+
+    Raises:
+        UserError: a file is missing or incomplete, or they are not of one test.
+    """
+    files = [part_path(folder, *r) for r in ranges]
+    parts = [load_detections(file) for file in files]
+    fingerprints = {rest.get("fingerprint") for _, rest in parts}
+    if len(fingerprints) > 1 or not all(np.all(rest.get("done", False)) for _, rest in parts):
+        raise UserError(f"the part files in {folder} are not of one test: delete them, test again")
+    joined = DatasetResults.empty(len(parts[0][0].all_boxes), ranges[-1][1])
+    for (part, _), (start, end) in zip(parts, ranges, strict=True):
+        joined.copy_images(part, [(i, i - start) for i in range(start, end)])
+    for path, _, _ in part_files(folder):
+        if path in files or load_detections(path)[1].get("fingerprint") in fingerprints:
+            path.unlink()
+    return joined
+
+
+def split_range(count: int, parts: int) -> list[tuple[int, int]]:
+    """0 .. count - 1 as contiguous ranges (first, one past the last), at most `parts`, none
+    empty."""
+    pieces = np.array_split(np.arange(count), parts)
+    return [(int(piece[0]), int(piece[-1]) + 1) for piece in pieces if len(piece)]
+
+
+def part_path(folder: Path, start: int, end: int) -> Path:
+    """Where the detections in the images start .. end - 1 of a data set go."""
+    return folder / f"detection_range_{start}_{end}.pkl"
+
+
+def part_files(folder: Path) -> list[tuple[Path, int, int]]:
+    """The part files in a folder, each with its range."""
+    found = []
+    for path in sorted(folder.glob("detection_range_*.pkl")):
+        match = re.fullmatch(r"detection_range_(\d+)_(\d+)\.pkl", path.name)
+        if match:
+            found.append((path, int(match[1]), int(match[2])))
+    return found
+
+
+def test_fingerprint(model: nn.Module, roidb: Sequence[RoidbEntry], **options: Any) -> str:
+    """A text that differs between tests that may give different detections.
+
+    It covers the weights, the config, the images' ids and sizes, given proposals, and `options`.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(values.numpy())
+    settings = {key: value for key, value in plain(cfg).items() if key not in _NEUTRAL_KEYS}
+    images = [(entry["id"], entry["height"], entry["width"]) for entry in roidb]
+    digest.update(repr((settings, images, sorted(options.items()))).encode())
+    return digest.hexdigest()
+
+
+test_fingerprint.__test__ = False  # nor is this a test
