@@ -82,3 +82,7 @@ COCO_CLASSES = (
     "hair drier",
     "toothbrush",
 )
+
+# Numbers up to 90 that COCO's files leave out.
+_UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+COCO_CATEGORY_IDS = tuple(i for i in range(1, 91) if i not in _UNUSED_IDS)

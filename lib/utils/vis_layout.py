@@ -137,7 +137,7 @@ def lay_out(
         Instance(
             class_colour(int(classes[i])),
             tuple(float(v) for v in outer[i]),
-            [] if segms is None else _contours(segms[i], im_shape, scale),
+            [] if segms is None else contours(segms[i], im_shape, scale),
             labels[i],
             None
             if keypoints is None
@@ -200,7 +200,7 @@ def _hidden_share(corner: tuple[float, float], w: float, h: float, boxes: np.nda
     return float((covered / np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).clip(1)).sum())
 
 
-def _contours(segm: Segmentation, im_shape: Sequence[int], scale: float) -> list[np.ndarray]:
+def contours(segm: Segmentation, im_shape: Sequence[int], scale: float) -> list[np.ndarray]:
     """Outlines of a mask in picture pixels, (n, 2) each; [] for an empty mask."""
     mask = rle_to_mask(segm) if is_rle(segm) else polys_to_mask(segm, *im_shape[:2])
     rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
