@@ -1,4 +1,4 @@
-"""Detect objects in photographs and draw what was found."""
+"""Detect objects in photographs or a video and draw what was found."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ import sys
 from pathlib import Path
 
 import _init_paths  # noqa: F401  (puts lib/ on the path)
-from core.config import assert_and_infer_cfg, cfg, merge_cfg_from_file, merge_cfg_from_list
 from core.errors import UserError, exit_on_user_error
-from core.test_engine import initialize_model_from_cfg
-from core.test_pipeline import detect_files
-from datasets.dataset_catalog import resolve_class_names
+from core.infer_engine import InferOptions, infer_images, infer_video
+from core.predictor import Predictor
 from utils.device import pick_devices
+from utils.image_sources import images_in, images_named
 from utils.logging import setup_logging
-from utils.progress import Progress
-from utils.run_dir import make_folder
-from utils.vis import picture_names, vis_one_image
-from utils.vis_pdf import merge_pdfs
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-MERGED = "results.pdf"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -32,8 +24,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     weights.add_argument("--load_detectron", help="Detectron weights (.pkl)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--image_dir", help="folder of images")
-    source.add_argument("--images", nargs="+", metavar="F", help="image files")
+    source.add_argument(
+        "--images",
+        nargs="+",
+        metavar="F",
+        help="image files or patterns ('shots/*.jpg'); - reads names from standard input",
+    )
+    source.add_argument("--video", metavar="FILE", help="video file")
+    source.add_argument("--camera", type=int, metavar="N", help="camera number; Ctrl-C ends it")
+    parser.add_argument("--recursive", action="store_true", help="also folders in --image_dir")
     parser.add_argument("--output_dir", default="infer_outputs", help="where the pictures go")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="video to write (OUTPUT_DIR/<name>.mp4)"
+    )
     parser.add_argument(
         "--set", dest="set_cfgs", nargs="+", default=[], metavar="K V", help="config options"
     )
@@ -42,71 +45,72 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--merge_pdfs",
         choices=("True", "False"),
         default="True",
-        help=f"also put all PDF pages into {MERGED} (default True)",
+        help="also put all PDF pages into results.pdf (default True)",
     )
+    parser.add_argument("--json", action="store_true", help="write detections.json, COCO results")
+    parser.add_argument("--html", action="store_true", help="write gallery.html, works offline")
     parser.add_argument("--thresh", type=float, default=0.7, help="lowest score to draw (0.7)")
+    parser.add_argument("--kp_thresh", type=float, default=2.0, help="keypoint logit to draw (2)")
+    parser.add_argument("--bs", type=int, default=4, metavar="N", help="images a pass (4)")
+    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="precision")
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is any")
     parser.add_argument("--no_cuda", action="store_true", help="the same as --device cpu")
     return parser.parse_args(argv)
 
 
-def find_images(args: argparse.Namespace) -> list[Path]:
-    """The files that the command line names. Raises UserError if there are none."""
-    if args.images:
-        return [Path(file) for file in args.images]
-    folder = Path(args.image_dir)
-    if not folder.is_dir():
-        raise UserError(f"--image_dir {folder} is not a folder: check the path.")
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"--image_dir {folder} holds no images ({kinds}).")
-    return found
+def check(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together."""
+    film = args.video is not None or args.camera is not None
+    if film and args.html:
+        raise UserError("--html makes a gallery of images: leave it out for a video")
+    if args.output and not film:
+        raise UserError("--output names a video: images go to --output_dir")
+    if args.recursive and not args.image_dir:
+        raise UserError("--recursive is for --image_dir")
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logger = setup_logging(__name__)
-    images = find_images(args)
-    merge_cfg_from_file(args.cfg_file)
-    merge_cfg_from_list(args.set_cfgs)
-    class_names = resolve_class_names(args.dataset)
-    cfg.MODEL.NUM_CLASSES = len(class_names)
-    cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS = False
-    assert_and_infer_cfg()
-    args.device = pick_devices(args.device, args.no_cuda)[0]
-    model = initialize_model_from_cfg(args)
-
-    folder = make_folder(args.output_dir)
-    names = picture_names(images, args.format, taken={MERGED})
-    unreadable, drawn = [], []
-    workers = min(cfg.DATA_LOADER.NUM_THREADS, len(images) - 1)
-    with Progress(len(images)) as progress:
-        for found in detect_files(model, images, num_workers=workers):
-            if found.error is None:
-                vis_one_image(
-                    found.image,
-                    folder / names[found.index],
-                    found.cls_boxes,
-                    found.cls_segms,
-                    found.cls_keyps,
-                    class_names=class_names,
-                    thresh=args.thresh,
-                )
-                drawn.append(found.index)
-            else:
-                unreadable.append(found.error)
-            progress.advance()
-    if not drawn:
-        raise UserError(f"none of the images can be read; the first: {unreadable[0]}")
-    if args.format == "pdf" and args.merge_pdfs == "True":
-        merge_pdfs([folder / names[index] for index in sorted(drawn)], folder / MERGED)
-    logger.info("%d pictures in %s", len(images) - len(unreadable), folder.resolve())
-    for error in unreadable:
-        logger.error("%s", error)
-    if unreadable:
-        raise UserError(f"{len(unreadable)} of {len(images)} images could not be read, see above.")
+    check(args)
+    images = None
+    if args.image_dir:
+        images = images_in(args.image_dir, args.recursive)
+    elif args.images:
+        images = images_named(args.images, sys.stdin)
+    predictor = Predictor(
+        args.cfg_file,
+        args.load_ckpt or args.load_detectron,
+        args.dataset,
+        device=pick_devices(args.device, args.no_cuda)[0],
+        amp=args.amp,
+        batch_size=args.bs,
+        options=args.set_cfgs,
+        detectron=bool(args.load_detectron),
+    )
+    options = InferOptions(
+        thresh=args.thresh,
+        kp_thresh=args.kp_thresh,
+        picture_format=args.format,
+        merge=args.merge_pdfs == "True",
+        json=args.json,
+        html=args.html,
+    )
+    folder = Path(args.output_dir)
+    if images is not None:
+        problems = infer_images(predictor, images, folder, options)
+        for problem in problems:
+            logger.error("%s", problem)
+        if problems:
+            raise UserError(
+                f"{len(problems)} of {len(images)} images could not be read, see above."
+            )
+        return 0
+    source = args.video if args.camera is None else args.camera
+    name = f"camera_{source}" if args.camera is not None else Path(source).stem
+    for problem in infer_video(predictor, source, args.output or folder / f"{name}.mp4", options):
+        raise UserError(problem)
     return 0
 
 

@@ -19,10 +19,11 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Counts what is done of `total` things and shows rate and remaining time.
 
-    Used as a context manager around the loop; `advance()` once a thing is done.
+    Used as a context manager around the loop; `advance()` once a thing is done. The total is None
+    where there is no end, as with a camera.
     """
 
-    def __init__(self, total: int, what: str = "images") -> None:
+    def __init__(self, total: int | None, what: str = "images") -> None:
         self.total, self.what, self.done = total, what, 0
         self._bar = tqdm(total=total, unit=f" {what}", leave=False) if sys.stderr.isatty() else None
         self._start = self._last_line = time.monotonic()
@@ -50,9 +51,14 @@ class Progress:
             self._bar.update(count)
             return
         now = time.monotonic()
-        if now - self._last_line >= SECONDS_BETWEEN_LINES and self.done < self.total:
+        if now - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        rate = self.done / (now - self._start)
+        if self.total is None:
             self._last_line = now
-            rate = self.done / (now - self._start)
+            logger.info("%d %s, %.2f a second", self.done, self.what, rate)
+        elif self.done < self.total:
+            self._last_line = now
             eta = timedelta(seconds=round((self.total - self.done) / rate))
             logger.info(
                 "%d of %d %s, %.2f a second, ETA %s", self.done, self.total, self.what, rate, eta
