@@ -136,6 +136,7 @@ TEST = AttrDict(
     PRECOMPUTED_PROPOSALS=True,  # inferred: proposals come from files, there is no RPN
     PROPOSAL_FILES=(),  # one per data set, in the same order
     PROPOSAL_LIMIT=2000,  # file proposals used per image
+    CLASS_SPECIFIC_AR=False,  # recall of proposals: first of each class, then over the classes
     RPN_PRE_NMS_TOP_N=12000,  # as the keys of the same names in TRAIN
     RPN_NMS_THRESH=0.7,
     RPN_POST_NMS_TOP_N=2000,
@@ -346,10 +347,13 @@ DEFAULTS = AttrDict(
     MATLAB="matlab",  # kept for old configs
     VIS=False,  # draw detections while testing
     VIS_TH=0.9,  # of those: lowest score drawn
-    EXPECTED_RESULTS=[],  # kept for old configs
-    EXPECTED_RESULTS_RTOL=0.1,  # kept for old configs
-    EXPECTED_RESULTS_ATOL=0.005,  # kept for old configs
-    EXPECTED_RESULTS_EMAIL="",  # kept for old configs
+    # Testing fails if results differ: [data set, box | mask | keypoint | box_proposal, metric, v]
+    # with v the value, or [mean, standard deviation].
+    EXPECTED_RESULTS=[],
+    EXPECTED_RESULTS_RTOL=0.1,  # a value may differ by ATOL + RTOL * value
+    EXPECTED_RESULTS_ATOL=0.005,
+    EXPECTED_RESULTS_SIGMA_TOL=4,  # a result must lie nearer to the mean than so many deviations
+    EXPECTED_RESULTS_EMAIL="",  # kept for old configs: no mail is sent
     POOLING_MODE="crop",  # kept for old configs
     POOLING_SIZE=7,  # kept for old configs
     CROP_RESIZE_WITH_MAX_POOL=True,  # RoICrop: crop twice as fine, then max pool

@@ -49,12 +49,10 @@ _WITHOUT_MEANING = {
     "TRAIN.COPY_WEIGHTS": "weights stay where they are",
     "DATA_LOADER.MINIBATCH_QUEUE_SIZE": "the loader has queues of its own",
     "DATA_LOADER.BLOBS_QUEUE_CAPACITY": "the loader has queues of its own",
-    "TEST.CLASS_SPECIFIC_AR": "recall is over all classes",
     "MODEL.EXECUTION_TYPE": "it is Caffe2's",
     "USE_NCCL": "it is Caffe2's",
     "MEMONGER": "it is Caffe2's",
     "MEMONGER_SHARE_ACTIVATIONS": "it is Caffe2's",
-    "EXPECTED_RESULTS_SIGMA_TOL": "results are not compared with expected ones",
     "DOWNLOAD_CACHE": "downloads are kept under DATA_DIR",
     "CLUSTER.ON_CLUSTER": "it is for one cluster",
 }

@@ -27,6 +27,8 @@ NEW_KEYS = {
     "RESNETS.RES2_OUT_CHANNELS",
     "TRAIN.KEEP_IMAGES_WITHOUT_OBJECTS",
     "SOLVER.SCALE_MOMENTUM_TWICE",
+    "TEST.CLASS_SPECIFIC_AR",
+    "EXPECTED_RESULTS_SIGMA_TOL",
 }
 ERRORS = {"ValueError": ValueError, "KeyError": KeyError, "AssertionError": AssertionError}
 
