@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,5 +230,4 @@ def _cannot_read(path: Path, error: Exception, kind: str) -> str:
 def _is_other_kind(path: Path, kind: str) -> bool:
     with path.open("rb") as file:
         start = file.read(16).lstrip().lower()
-    is_page = start.startswith((b"<!doctype", b"<html"))
-    return is_page or (zipfile.is_zipfile(path) and "pkl" in kind)
+    return start.startswith((b"<!doctype", b"<html")) or (start[:2] == b"pk" and "pkl" in kind)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from core.errors import UserError
-from utils.detectron_weight_helper import load_detectron_weight
+from utils.detectron_weight_helper import load_detectron_weight, use_box_weights_of
 
 
 class Net(nn.Module):
@@ -35,9 +35,11 @@ class Net(nn.Module):
         }, ["fc1000_w"]
 
 
-def write(path, **blobs):
-    arrays = {name: np.asarray(value, np.float32) for name, value in blobs.items()}
-    path.write_bytes(pickle.dumps({"blobs": arrays}, protocol=2))
+def write(path, cfg_text=None, **blobs):
+    content = {"blobs": {name: np.asarray(value, np.float32) for name, value in blobs.items()}}
+    if cfg_text is not None:
+        content["cfg"] = cfg_text
+    path.write_bytes(pickle.dumps(content, protocol=2))
     return path
 
 
@@ -104,6 +106,47 @@ def test_fine_tuning_keeps_only_the_predictors_of_other_classes(tmp_path):
     assert torch.equal(net.Box_Outs["cls_score"].weight, before)
     assert net.Mask_Head.weight.unique().item() == 1
     assert len(report.skipped) == 2
+
+
+def test_the_report_names_everything(tmp_path, caplog):
+    extras = {"fc1000_w": np.zeros((1000, 2)), "cls_score_w_momentum": np.zeros((3, 2))}
+    path = write(tmp_path / "m.pkl", **BOX, **extras)
+    with caplog.at_level("DEBUG"):
+        load_detectron_weight(Net(), path)
+    assert caplog.messages == [
+        f"{path}: 2 parameters loaded, 0 skipped, 2 missing, 0 mismatched; 1 entries unused",
+        f"{path}: loaded: Box_Outs.weight (cls_score_w), Box_Outs.bias (cls_score_b)",
+        f"{path}: constant, not loaded: Upsample.weight, Upsample.bias",
+        f"{path}: missing, left as initialised: Mask_Head.weight (_[mask]_res5_0_w), "
+        "Mask_Head.bias (_[mask]_res5_0_b)",
+        f"{path}: unused: fc1000_w",
+    ]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("MODEL: {TYPE: generalized_rcnn}", (1.0, 1.0, 1.0, 1.0)),
+        ("NUM_GPUS: 8", (1.0, 1.0, 1.0, 1.0)),
+        ("MODEL: {BBOX_REG_WEIGHTS: [10, 10, 5, 5]}", (10.0, 10.0, 5.0, 5.0)),
+        (None, (10.0, 10.0, 5.0, 5.0)),
+    ],
+)
+def test_models_older_than_the_box_weights_had_none(cfg, tmp_path, text, expected, frozen):
+    cfg.freeze(frozen)
+    report = load_detectron_weight(Net(), write(tmp_path / "m.pkl", text, **BOX, **MASK))
+    use_box_weights_of(report)
+    assert expected == cfg.MODEL.BBOX_REG_WEIGHTS
+    assert cfg.MODEL.is_frozen() == cfg.is_frozen() == frozen
+
+
+def test_a_published_model_is_loaded_by_name(cfg, tmp_path):
+    cfg.DATA_DIR = str(tmp_path)
+    (tmp_path / "detectron_models").mkdir()
+    write(tmp_path / "detectron_models/e2e_mask_rcnn_R-50-FPN_1x.pkl", **BOX, **MASK)
+    report = load_detectron_weight(Net(), "zoo://e2e_mask_rcnn_R-50-FPN_1x")
+    assert len(report.loaded) == 4
 
 
 @pytest.mark.parametrize(
