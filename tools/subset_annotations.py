@@ -23,6 +23,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=16, help="how many, in the file's order")
     parser.add_argument("--min-objects", type=int, default=1, help="objects an image must have")
     parser.add_argument("--max-objects", type=int, default=1000, help="and may have at most")
+    parser.add_argument(
+        "--min-keypoints", type=int, default=0, help="labelled keypoints that make an object count"
+    )
     return parser.parse_args(argv)
 
 
@@ -35,13 +38,15 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{args.source} is not a COCO-format annotation file: {error}") from error
     crowded = {a["image_id"] for a in annotations if a.get("iscrowd")}
-    objects = Counter(a["image_id"] for a in annotations)
+    counted = [a for a in annotations if a.get("num_keypoints", 0) >= args.min_keypoints]
+    objects = Counter(a["image_id"] for a in counted)
     wanted = range(args.min_objects, args.max_objects + 1)
     chosen = [i for i in images if objects[i["id"]] in wanted and i["id"] not in crowded]
     if len(chosen) < args.images:
         raise UserError(
             f"{args.source} has {len(chosen)} images with {args.min_objects} to "
-            f"{args.max_objects} objects and no crowd, not {args.images}: ask for fewer"
+            f"{args.max_objects} objects (of {args.min_keypoints} keypoints or more) and no crowd, "
+            f"not {args.images}: ask for fewer"
         )
     chosen = chosen[: args.images]
     ids = {image["id"] for image in chosen}
