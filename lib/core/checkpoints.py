@@ -81,6 +81,41 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda path: -steps[path])
 
 
+def resume_position(
+    checkpoint: Mapping[str, Any], batch_size: int, iter_size: int, adapt: bool
+) -> tuple[int, int]:
+    """First step, and batches of the whole sequence to leave out, of a training that goes on.
+
+    Steps and batches of another size than the checkpoint's are converted, so that as many images
+    count as seen; it is logged.
+
+    Args:
+        batch_size: images of a pass over all GPUs; iter_size: passes of a step.
+        adapt: the schedule has been scaled to these; False: steps count as they did.
+    """
+    done = checkpoint["step"] + 1
+    old_batch = checkpoint.get("batch_size", batch_size)
+    old_iter = checkpoint.get("iter_size", iter_size)  # Detectron.pytorch does not say
+    sampler = checkpoint.get("sampler", {"batches": done * old_iter, "batch_size": old_batch})
+    first_batch = sampler["batches"] * sampler["batch_size"] // batch_size
+    old, new = old_batch * old_iter, batch_size * iter_size
+    if old == new:
+        return done, first_batch
+    step = int(done * old / new + 0.5) if adapt else done
+    logger.warning(
+        "the training to go on with took %d x %d images a step, now it is %d x %d: after %d of its "
+        "steps this one begins at step %d%s",
+        old_batch,
+        old_iter,
+        batch_size,
+        iter_size,
+        done,
+        step,
+        ", its schedule scaled alike" if adapt else " (--no_lr_scaling: steps count as before)",
+    )
+    return step, first_batch
+
+
 class CheckpointWriter:
     """Writes the checkpoints of one training, at most one at a time, in a thread.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -11,11 +11,16 @@ from core.errors import UserError
 
 
 def explained(
-    error: BaseException, batch_size: int, blob_sizes: Sequence[tuple[int, int]]
+    error: BaseException,
+    loader: Iterable[Any],
+    batch_size: int,
+    blob_sizes: Sequence[tuple[int, int]],
 ) -> UserError | None:
     """What a full GPU or a dead loader process means and what to do; None for anything else.
 
     Args:
+        loader: if it can explain errors of its processes (roi_data.loader_workers), it is asked:
+            torch raises them wherever the program is.
         batch_size: images of a pass over all GPUs.
         blob_sizes: height and width of the padded images on each of this process's devices.
     """
@@ -26,13 +31,8 @@ def explained(
             f"{sizes}: lower --bs (--iter_size makes up for it), TRAIN.SCALES and TRAIN.MAX_SIZE "
             "or TRAIN.BATCH_SIZE_PER_IM, or train with --amp bf16"
         )
-    # The cause knows the signal that ended the process.
-    for message in (str(error.__cause__), str(error)):
-        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", message)
-        if isinstance(error, RuntimeError) and found:
-            return UserError(
-                f"loader process {found[1]} died ({found[2].strip(' .')}): if the machine's memory "
-                "or its shared memory (/dev/shm) was full, lower --nw (DATA_LOADER.NUM_THREADS) or "
-                "--bs"
-            )
+    explain = getattr(loader, "explained", None)
+    if isinstance(error, RuntimeError) and explain is not None:
+        told = explain(error)
+        return told if isinstance(told, UserError) else None
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -72,7 +73,6 @@ class TrainSettings:
     def from_solver(cls, solver: Any, **settings: Any) -> TrainSettings:
         """What a config's SOLVER group says, with the other settings."""
         return cls(
-            max_iter=solver.MAX_ITER,
             scale_momentum=solver.SCALE_MOMENTUM,
             scale_momentum_threshold=solver.SCALE_MOMENTUM_THRESHOLD,
             scale_momentum_twice=solver.SCALE_MOMENTUM_TWICE,
@@ -81,8 +81,10 @@ class TrainSettings:
         )
 
 
-def prepare_device(device: torch.device) -> None:
+def prepare_device(device: torch.device, deterministic: bool = False) -> None:
     """Settings for speed: on CUDA fp32 products run in TF32.
+
+    deterministic: what is computed twice comes out equal, bit for bit, at some cost.
 
     `NVIDIA_TF32_OVERRIDE=0` in the environment keeps full fp32 for exact comparison. cuDNN's
     benchmark mode stays off: every padded image size would be tried out anew, for seconds, and
@@ -92,6 +94,9 @@ def prepare_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cuda.matmul.allow_tf32 = True
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def place_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -116,7 +121,7 @@ def train(
     settings: TrainSettings,
     stats: TrainingStats,
     restored: Mapping[str, Any] | None = None,
-    evaluate: Callable[[torch.nn.Module], Evaluation] | None = None,
+    evaluate: Callable[[torch.nn.Module], Evaluation | None] | None = None,
     draw: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] | None = None,
 ) -> int:
     """Train from `settings.start_step` to `settings.max_iter`.
@@ -132,7 +137,8 @@ def train(
             Their `image_ids`, if any, are named when a loss is not finite.
         learning_rate: zero-based step -> rate.
         restored: checkpoint to continue random numbers, loss scale and best score from.
-        evaluate: scores the bare model, on rank 0, every `settings.eval_period` steps.
+        evaluate: scores the bare model every `settings.eval_period` steps; called by every rank,
+            and rank 0 gets the scores.
         draw: pictures of a batch, wanted for TensorBoard at the start and with every checkpoint.
     Returns:
         0, or the number of the signal that ended the training early, after a checkpoint.
@@ -166,7 +172,7 @@ def train(
             loop.wait_for_checkpoint()
     except BaseException as error:
         # The weights may be half updated or broken: they are not written.
-        told = explained(error, settings.batch_size, loop.blob_sizes)
+        told = explained(error, loader, settings.batch_size, loop.blob_sizes)
         if told is not None:
             raise told from error
         if not isinstance(error, UserError):
@@ -207,7 +213,7 @@ class _Loop:
         optimizer: torch.optim.Optimizer,
         settings: TrainSettings,
         stats: TrainingStats,
-        evaluate: Callable[[torch.nn.Module], Evaluation] | None,
+        evaluate: Callable[[torch.nn.Module], Evaluation | None] | None,
         draw: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] | None,
     ) -> None:
         self._model, self._optimizer = model, optimizer
@@ -308,10 +314,10 @@ class _Loop:
         states = ranks.gather_objects(own_state)
         best = False
         if evaluating:
-            if ranks.rank() == 0:
-                best = self._score(step)
-                restore_random_state(own_state, self._model.devices)
-            best = ranks.from_rank_zero(best)
+            found = self._evaluate(ranks.bare(self._model.module))
+            restore_random_state(own_state, self._model.devices)
+            if found is not None:
+                best = self._note_score(step, found)
         if self._writer is None:
             return
         settings = self._settings
@@ -331,9 +337,8 @@ class _Loop:
         )
         self._writer.save(content, best)
 
-    def _score(self, step: int) -> bool:
-        """Evaluate; is it the best so far?"""
-        found = self._evaluate(ranks.bare(self._model.module))
+    def _note_score(self, step: int, found: Evaluation) -> bool:
+        """Report an evaluation; is it the best so far?"""
         value = found.metrics[found.name]
         self._stats.report_evaluation(step, found.metrics)
         self._stats.add_pictures(step, found.pictures)

@@ -252,20 +252,16 @@ def test_a_full_gpu_and_a_dead_loader_process_are_one_sentence():
     with pytest.raises(UserError, match=r"16 images .* 1344x800: lower --bs"):
         run(model=Full(), loader=loader, batch_size=16)
 
-    dataset = Dying()
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1)
-    with pytest.raises(UserError, match=r"loader process \d+ died \(.*Killed"):
-        run(loader=loader)
+    class Explaining(list):
+        def explained(self, error):
+            return UserError(f"a loader process died: {error}")
 
+    class Interrupted(Tiny):
+        def forward(self, data, image_ids=None):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
-class Dying(torch.utils.data.Dataset):
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        if index == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return batches(1)[0]
+    with pytest.raises(UserError, match="a loader process died: .*pid 7"):
+        run(model=Interrupted(), loader=Explaining(batches(1)))
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 
 import pytest
 import torch
 import yaml
 
-import train_net_step as script
+import train_net
+import train_net_step
+from core import train_job
 from datasets.demo_shapes import make_demo_data
 
 DEMO = "configs/demo/e2e_mask_rcnn_R-50-FPN_gn_demo.yaml"
@@ -34,12 +35,11 @@ def run(cfg, dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(work)
     handlers = list(logging.getLogger().handlers)
 
-    def run(*args, options=(), config=DEMO, data=dataset):
+    def run(*args, options=(), config=DEMO, data=dataset, script=train_net_step):
         reset_cfg()
         flags = ["--dataset", data, "--cfg", f"{root}/{config}", "--no_cuda", "--nw", 0,
                  *args, "--set", *SMALL, "DATA_DIR", tmp_path, *options]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["train_net_step.py", *map(str, flags)])
-        return script.main()
+        return script.main([*map(str, flags)])
 
     yield run
     for handler in set(logging.getLogger().handlers) - set(handlers):
@@ -52,6 +52,7 @@ def test_a_training_writes_checkpoints_settings_and_reports_and_can_be_resumed(r
     whole = ["--output_dir", folder, "--use_tfboard", *flags]
     assert run(*whole, options=["TRAIN.SNAPSHOT_ITERS", 1]) == 0
     assert sorted(p.name for p in (folder / "ckpt").iterdir()) == [
+        "last_checkpoint",
         "model_step0.pth",
         "model_step1.pth",
     ]
@@ -68,13 +69,65 @@ def test_a_training_writes_checkpoints_settings_and_reports_and_can_be_resumed(r
     first = folder / "ckpt/model_step0.pth"
     resumed = tmp_path / "resumed"
     assert run("--output_dir", resumed, "--load_ckpt", first, "--resume", *flags) == 0
-    assert [p.name for p in (resumed / "ckpt").iterdir()] == ["model_step1.pth"]
+    assert [p.name for p in (resumed / "ckpt").glob("*.pth")] == ["model_step1.pth"]
     expected, got = (
         torch.load(f / "ckpt/model_step1.pth", weights_only=True)["model"]
         for f in (folder, resumed)
     )
     for name, value in expected.items():
         assert torch.equal(got[name], value), name
+
+
+def test_auto_resume_goes_on_evaluates_and_knows_the_end(run, tmp_path, capsys, caplog):
+    folder = tmp_path / "out"
+    flags = ["--output_dir", folder, "--auto_resume", "--bs", 2, "--no_lr_scaling"]
+    flags += ["--eval_period", 1, "--use_tfboard"]
+    options = ["TEST.SCALE", 64, "TEST.MAX_SIZE", 96]
+    assert run(*flags, options=[*options, "SOLVER.MAX_ITER", 1]) == 0
+    assert run(*flags, options=options) == 0
+    ckpt = folder / "ckpt"
+    assert {p.stem for p in ckpt.glob("*.pth")} == {"model_best", "model_step0", "model_step1"}
+    reports = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in reports if "demo_val/mask/AP" in r] == [0, 1]
+    assert (folder / "eval/detections.pkl").is_file()
+    checkpoint = torch.load(ckpt / "model_step1.pth", weights_only=True)
+    assert checkpoint["best"]["metric"] == "demo_val/mask/AP"
+    assert checkpoint["config"]["FPN"]["RPN_COLLECT_SCALE"] == 0.25  # training's, not the test's
+    assert checkpoint["schedule"]["max_iter"] == 2
+    assert checkpoint["versions"]["torch"] == torch.__version__
+    before = (ckpt / "model_step1.pth").stat().st_mtime_ns
+    assert run(*flags, options=options) == 0
+    assert "nothing is left to do" in caplog.text
+    assert (ckpt / "model_step1.pth").stat().st_mtime_ns == before
+
+
+def test_epochs_are_counted_in_steps(run, tmp_path):
+    flags = ["--epochs", 2, "--lr_decay_epochs", 1, "--ckpt_num_per_epoch", 2, "--bs", 4]
+    flags += ["--lr", 0.01, "--disp_interval", 1, "--output_dir", tmp_path / "out"]
+    assert run(*flags, script=train_net) == 0
+    # 12 images with the mirrored ones: 3 steps an epoch, a checkpoint every 2.
+    steps = {p.stem for p in (tmp_path / "out/ckpt").glob("*.pth")}
+    assert steps == {"model_step1", "model_step3", "model_step5"}
+    reports = (tmp_path / "out/log.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["lr"] for line in reports]
+    assert rates == pytest.approx([0.01] * 3 + [0.001] * 3)
+
+
+def test_another_batch_size_adapts_the_place_in_the_schedule(run, tmp_path, caplog, monkeypatch):
+    options = ["SOLVER.MAX_ITER", 4, "TRAIN.SNAPSHOT_ITERS", 2]
+    assert run("--bs", 4, "--output_dir", tmp_path / "out", options=options) == 0  # 8 steps
+    seen = {}
+    fake = lambda *args: seen.update(settings=args[4]) or 0  # noqa: E731
+    monkeypatch.setattr(train_job, "train", fake)
+    resume = ["--resume", "--load_ckpt", tmp_path / "out/ckpt/model_step3.pth", "--no_save"]
+    assert run(*resume, "--bs", 2, options=options) == 0
+    assert (seen["settings"].start_step, seen["settings"].max_iter) == (8, 16)
+    assert seen["settings"].first_batch == 8
+    assert "took 4 x 1 images a step, now it is 2 x 1" in caplog.text
+    assert run(*resume, "--bs", 2, "--iter_size", 2, options=options) == 0
+    assert (seen["settings"].start_step, seen["settings"].max_iter) == (4, 8)
+    assert run(*resume, "--bs", 2, "--no_lr_scaling", options=options) == 0
+    assert seen["settings"].start_step == 4
 
 
 def test_the_default_folder_is_named_after_config_and_time_and_no_save_writes_none(run, tmp_path):
@@ -89,7 +142,8 @@ def test_the_default_folder_is_named_after_config_and_time_and_no_save_writes_no
 
 def test_flags_override_the_config_and_the_schedule_follows_the_batch(run, cfg, monkeypatch):
     seen = {}
-    monkeypatch.setattr(script, "train", lambda *args: seen.update(settings=args[4], rate=args[3]))
+    fake = lambda *args: seen.update(settings=args[4], rate=args[3]) or 0  # noqa: E731
+    monkeypatch.setattr(train_job, "train", fake)
     options = ["SOLVER.MAX_ITER", 100, "SOLVER.BASE_LR", 0.1, "SOLVER.LR_POLICY",
                "steps_with_decay", "SOLVER.STEPS", "[0, 50]"]  # fmt: skip
     flags = ["--bs", 4, "--iter_size", 4, "--o", "SGD", "--no_save", "--lr_decay_gamma", 0.5]
@@ -111,6 +165,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(run, tmp_path, caps
     cases = [
         (["--bs", 0], {}, "--bs 0 cannot be divided"),
         (["--resume"], {}, "--resume needs --load_ckpt"),
+        (["--auto_resume", "--no_save"], {}, "--auto_resume needs checkpoints"),
+        (["--eval_period", 2, "--no_save"], {}, "--eval_period needs checkpoints"),
+        (["--eval_period", -2], {}, "--eval_period must be at least 0"),
         (["--disp_interval", 0], {}, "--disp_interval must be at least 1"),
         (["--start_step", -1], {}, "--start_step must be at least 0"),
         (["--nw", -1], {}, "DATA_LOADER.NUM_THREADS (--nw) must be at least 0"),

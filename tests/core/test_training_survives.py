@@ -1,0 +1,107 @@
+"""A real training that is killed again and again ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from datasets.demo_shapes import make_demo_data
+
+CONFIG = "configs/demo/e2e_mask_rcnn_R-50-FPN_gn_demo.yaml"
+STEPS, KILLS = 20, 20
+# The demo's Mask R-CNN at its smallest.
+SMALL = [
+    *("TRAIN.SCALES", "(64,)", "TRAIN.MAX_SIZE", 96, "TRAIN.IMS_PER_BATCH", 1),
+    *("FPN.DIM", 8, "MRCNN.DIM_REDUCED", 8, "FAST_RCNN.MLP_HEAD_DIM", 16),
+    *("GROUP_NORM.NUM_GROUPS", 4, "RESNETS.STEM_OUT_CHANNELS", 8),
+    *("RESNETS.RES2_OUT_CHANNELS", 16, "RESNETS.WIDTH_PER_GROUP", 4),
+    *("SOLVER.MAX_ITER", STEPS, "SOLVER.TYPE", "SGD", "SOLVER.LR_POLICY", "cosine"),
+    *("SOLVER.WARM_UP_ITERS", 5, "TRAIN.SNAPSHOT_ITERS", 1, "TRAIN.KEEP_CHECKPOINTS", 3),
+]
+
+
+def train(root: str, home: str, folder: str) -> None:
+    """What `python tools/train_net_step.py --auto_resume ...` does, in this process."""
+    import train_net_step
+
+    torch.set_num_threads(1)
+    os.chdir(home)
+    flags = ["--dataset", "demo.yaml", "--cfg", f"{root}/{CONFIG}", "--no_cuda", "--nw", 0,
+             "--output_dir", folder, "--auto_resume", "--disp_interval", 100,
+             "--set", *SMALL, "DATA_DIR", home]  # fmt: skip
+    raise SystemExit(train_net_step.main([*map(str, flags)]))
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    return {int(p.stem.removeprefix("model_step")): p for p in folder.glob("ckpt/model_step*.pth")}
+
+
+def test_twenty_kills_change_no_bit_of_the_final_weights(tmp_path, monkeypatch):
+    root = Path(__file__).resolve().parents[2]
+    make_demo_data(tmp_path, num_train=4, num_val=1)
+    # Imports torch (its optimizers: _dynamo) and the project once; trainings are forks of that.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server ignores sys.path
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["core.train_job", "torch._dynamo"])
+
+    def start(name):
+        process = context.Process(target=train, args=(str(root), str(tmp_path), name))
+        process.start()
+        return process
+
+    whole = start("whole")
+    whole.join()
+    assert whole.exitcode == 0
+
+    log = (tmp_path / "whole/log.jsonl").read_text().splitlines()
+    step_seconds = json.loads(log[-1])["time"]
+
+    rng = random.Random(0)
+    folder, seen, killed = tmp_path / "killed", {}, 0
+    for kill in range(KILLS):
+        process = start("killed")
+        # Every other time a new checkpoint is waited for, or nothing would ever be trained.
+        before = max(checkpoints(folder), default=-1)
+        goal = min(before + 1, STEPS - 4) if kill % 2 else before
+        while process.is_alive() and max(checkpoints(folder), default=-1) < goal:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 1.5) * step_seconds)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        for step, path in checkpoints(folder).items():
+            seen[step] = torch.load(path, weights_only=True)["step"]
+    assert killed >= KILLS * 3 // 4
+    last = start("killed")
+    last.join()
+    assert last.exitcode == 0
+    assert all(step == inside for step, inside in seen.items())
+    expected, got = (
+        torch.load(checkpoints(f)[STEPS - 1], weights_only=True)
+        for f in (tmp_path / "whole", folder)
+    )
+    assert expected["step"] == STEPS - 1
+    for part in ("model", "optimizer", "rng", "sampler"):
+        assert_equal(got[part], expected[part], part)
+
+
+def assert_equal(left, right, name):
+    if torch.is_tensor(left):
+        assert torch.equal(left, right), name
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), name
+        for key in left:
+            assert_equal(left[key], right[key], f"{name}.{key}")
+    elif isinstance(left, (list, tuple)):
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_equal(a, b, f"{name}[{index}]")
+    else:
+        assert left == right, name
