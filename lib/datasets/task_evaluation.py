@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pycocotools.cocoeval import COCOeval
 
 from core.config import cfg
+from core.errors import UserError
 from datasets import json_dataset_evaluator
+from datasets.box_proposal_evaluator import average_recalls
+from datasets.entry import RoidbEntry
 from datasets.json_dataset import JsonDataset
 
 logger = logging.getLogger(__name__)
@@ -60,6 +64,94 @@ def _metrics(task: str, coco_eval: COCOeval | None) -> OrderedDict[str, float]:
     names = _METRICS[task]
     values = [-1.0] * len(names) if coco_eval is None else coco_eval.stats[: len(names)]
     return OrderedDict((name, float(value)) for name, value in zip(names, values, strict=True))
+
+
+def evaluate_box_proposals(dataset: JsonDataset, roidb: Sequence[RoidbEntry]) -> Results:
+    """Average recall of the proposals in a roidb that also has the ground truth.
+
+    Returns {dataset.name: {'box_proposal': {'AR@100', 'ARs@100', 'ARm@100', 'ARl@100', 'AR@1000',
+    ...}}} with values in [0, 1], -1 where there is no object of the size.
+    """
+    metrics, _ = average_recalls(roidb, cfg.TEST.CLASS_SPECIFIC_AR)
+    results: Results = OrderedDict([(dataset.name, OrderedDict([("box_proposal", metrics)]))])
+    log_copy_paste_friendly_results(results)
+    return results
+
+
+def check_expected_results(
+    results: Mapping[str, Mapping[str, Mapping[str, float]]],
+    expected: Sequence[Sequence[Any]],
+    atol: float = 0.005,
+    rtol: float = 0.1,
+    sigma_tol: float = 4,
+) -> list[str]:
+    """Compare results with EXPECTED_RESULTS; every comparison is logged.
+
+    Args:
+        results: data set -> task -> metric -> value.
+        expected: entries [data set, task, metric, v]. v is a value, met by results that differ by
+            at most atol + rtol * |v|; or [mean, standard deviation], met by results that lie
+            strictly within sigma_tol deviations of the mean.
+
+    Returns:
+        a sentence for each expectation that is not met.
+
+    Raises:
+        UserError: an entry has another form, or names what was not tested.
+    """
+    failures = []
+    for entry in expected:
+        dataset, task, metric, wanted = _expectation(entry)
+        try:
+            value = results[dataset][task][metric]
+        except KeyError as error:
+            raise UserError(
+                f"EXPECTED_RESULTS: {[dataset, task, metric]} was not tested ({error} is unknown); "
+                f"the results have {_outline(results)}"
+            ) from error
+        if isinstance(wanted, float):
+            met = abs(value - wanted) <= atol + rtol * abs(wanted)
+            form = f"{wanted:.4f} +- {atol + rtol * abs(wanted):.4f}"
+        else:
+            mean, deviation = wanted
+            met = abs(value - mean) < sigma_tol * deviation
+            form = f"{mean:.4f} +- {sigma_tol} * {deviation:.4f}"
+        sentence = f"{dataset} > {task} > {metric} is {value:.4f}, expected {form}"
+        logger.log(
+            logging.INFO if met else logging.ERROR, "%s: %s", ("FAIL", "PASS")[met], sentence
+        )
+        if not met:
+            failures.append(sentence)
+    return failures
+
+
+def _expectation(entry: Sequence[Any]) -> tuple[str, str, str, float | tuple[float, float]]:
+    """[data set, task, metric, v], checked; v is a float or (mean, standard deviation)."""
+
+    def is_number(v: Any) -> bool:
+        return isinstance(v, (int, float)) and not isinstance(v, bool)
+
+    if isinstance(entry, (list, tuple)) and len(entry) == 4:
+        *names, wanted = entry
+        if all(isinstance(name, str) for name in names):
+            if is_number(wanted):
+                return *names, float(wanted)
+            is_pair = isinstance(wanted, (list, tuple)) and len(wanted) == 2
+            if is_pair and all(is_number(v) for v in wanted):
+                return *names, (float(wanted[0]), float(wanted[1]))
+    raise UserError(
+        f"EXPECTED_RESULTS: {entry} is not [data set, task, metric, value] or [data set, task, "
+        "metric, [mean, standard deviation]]"
+    )
+
+
+def _outline(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """`set > task > metric, metric ...; ...`"""
+    return "; ".join(
+        f"{dataset} > {task} > {', '.join(metrics)}"
+        for dataset, tasks in results.items()
+        for task, metrics in tasks.items()
+    )
 
 
 def log_copy_paste_friendly_results(results: Results) -> None:
