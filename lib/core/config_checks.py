@@ -83,6 +83,13 @@ def _data_problems(cfg: AttrDict) -> Iterator[str]:
     }.items():
         if value < 1:
             yield f"{key} must be at least 1, not {value}"
+    augment = train.AUGMENT
+    limits = augment.SCALE_JITTER
+    if len(limits) != 2 or not 0 < limits[0] <= limits[1]:
+        yield f"TRAIN.AUGMENT.SCALE_JITTER must be a smallest and a largest factor, not {limits}"
+    for key in ("CROP_PROB", "CROP_MIN", "BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"):
+        if not 0 <= augment[key] <= 1 or (key == "CROP_MIN" and augment[key] == 0):
+            yield f"TRAIN.AUGMENT.{key} must lie between 0 and 1, not be {augment[key]}"
     workers = cfg.DATA_LOADER.NUM_THREADS
     if workers < 0:
         yield f"DATA_LOADER.NUM_THREADS (--nw) must be at least 0, not {workers}"

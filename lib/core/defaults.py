@@ -16,6 +16,16 @@ from core.attr_dict import AttrDict
 
 _ROOT_DIR = Path(__file__).resolve().parents[2]
 
+AUGMENT = AttrDict(
+    SCALE_JITTER=(1.0, 1.0),  # multiply the scale by a draw between; usual (0.1, 2.0)
+    CROP_PROB=0.0,  # this share of the images is cut to a random window around an object
+    CROP_MIN=0.5,  # whose sides are at least this share of the image's
+    BRIGHTNESS=0.0,  # factors are drawn from 1 - v to 1 + v
+    CONTRAST=0.0,
+    SATURATION=0.0,
+    HUE=0.0,  # turn drawn from -v to v, 1 being the full circle
+)
+
 TRAIN = AttrDict(
     # -- what is trained on
     DATASETS=(),  # catalog names; the training script fills them in from --dataset
@@ -29,6 +39,7 @@ TRAIN = AttrDict(
     ASPECT_LO=0.5,  # smallest width/height left uncropped
     GT_MIN_AREA=-1,  # drop objects whose annotated area (px^2) is below this; -1 keeps all
     KEEP_IMAGES_WITHOUT_OBJECTS=False,  # train on images without objects too
+    AUGMENT=AUGMENT,  # changes drawn anew each time an image is used, besides flips and SCALES
     # -- RoIs sampled for the heads
     BATCH_SIZE_PER_IM=64,  # RoIs per image
     FG_FRACTION=0.25,  # at most this share of them is foreground

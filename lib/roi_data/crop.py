@@ -1,4 +1,4 @@
-"""Aspect cropping: cutting very long or very high images to a given aspect ratio.
+"""Cutting images, and above all: very long or very high ones to a given aspect ratio.
 
 The window is chosen in the resized image, where it has whole pixels. Ground truth follows in
 original-image pixels: what starts at c in the resized image starts at c / scale there.
@@ -37,6 +37,26 @@ class CropWindow:
         return self.size / self.scale
 
 
+@dataclass
+class View:
+    """What is seen of an image: its objects, in original-image pixels, its size (height, width)
+    after resizing by `scale` and cutting, and where (x, y) that starts in the resized image."""
+
+    entry: RoidbEntry
+    scale: float
+    out_hw: tuple[int, int]
+    crop_xy: tuple[int, int] = (0, 0)
+
+    def cut(self, window: CropWindow, follow_masks: bool = False) -> None:
+        """See a window of what is seen now; follow_masks as for `crop_entry`."""
+        self.entry = crop_entry(self.entry, window, follow_masks)
+        (height, width), (x, y) = self.out_hw, self.crop_xy
+        if window.axis == X:
+            self.out_hw, self.crop_xy = (height, window.size), (x + window.start, y)
+        else:
+            self.out_hw, self.crop_xy = (window.size, width), (x, y + window.start)
+
+
 def choose_window(
     entry: RoidbEntry,
     resized: tuple[int, int],
@@ -69,12 +89,13 @@ def choose_window(
     return CropWindow(axis, rng.randint(first, last + 1), size, scale)
 
 
-def crop_entry(entry: RoidbEntry, window: CropWindow) -> RoidbEntry:
+def crop_entry(entry: RoidbEntry, window: CropWindow, follow_masks: bool = False) -> RoidbEntry:
     """The objects of an image as seen in a window of it; the entry itself is left as it is.
 
     Boxes, file proposals, polygons, RLE masks (decoded to uint8 arrays) and keypoints are shifted
     and cut; objects and proposals that are outside the window disappear, and so do the masks of
-    crowd regions, which nothing uses.
+    crowd regions, which nothing uses. follow_masks: objects of whose mask nothing is left
+    disappear too, and the boxes of those that are cut are drawn in to what is left.
     """
     boxes, kept = _crop_boxes(entry["boxes"], window)
     cropped = dict(entry, boxes=boxes)
@@ -87,7 +108,38 @@ def crop_entry(entry: RoidbEntry, window: CropWindow) -> RoidbEntry:
     ]
     if "gt_keypoints" in entry:
         cropped["gt_keypoints"] = _crop_keypoints(entry["gt_keypoints"][kept], window)
+    if follow_masks:
+        low, high = window.axis, window.axis + 2
+        before = entry["boxes"][kept][:, [low, high]] - window.offset
+        cut = (boxes[:, [low, high]] != before).any(axis=1)
+        had_mask = np.array([len(entry["segms"][i]) > 0 for i in kept], dtype=bool)
+        _draw_in(cropped, np.flatnonzero(cut & had_mask & ~cropped["is_crowd"]))
     return cropped
+
+
+def _draw_in(entry: RoidbEntry, which: np.ndarray) -> None:
+    """Shrink the boxes of these objects to their masks; drop those without a mask any more."""
+    kept = np.ones(len(entry["boxes"]), dtype=bool)
+    for i in which:
+        extent, box = _mask_extent(entry["segms"][i]), entry["boxes"][i]
+        if extent is not None:
+            box[:2] = np.maximum(box[:2], extent[:2])
+            box[2:] = np.minimum(box[2:], extent[2:])
+        kept[i] = extent is not None and (box[2:] > box[:2]).all()
+    for key in ("boxes", "gt_classes", "is_crowd", "gt_keypoints"):
+        if key in entry:
+            entry[key] = entry[key][kept]
+    entry["segms"] = [segm for segm, keep in zip(entry["segms"], kept, strict=True) if keep]
+
+
+def _mask_extent(segm: list | np.ndarray) -> np.ndarray | None:
+    """Box of a mask, xyxy with both ends inside; None if it is empty."""
+    if not isinstance(segm, list):
+        return segm_utils.mask_to_bbox(segm)
+    if not segm:
+        return None
+    # A polygon's edge is where its last pixel ends.
+    return segm_utils.polys_to_boxes([segm])[0] - np.array([0, 0, 1, 1], dtype=np.float32)
 
 
 def _crop_boxes(boxes: np.ndarray, window: CropWindow) -> tuple[np.ndarray, np.ndarray]:
@@ -99,9 +151,9 @@ def _crop_boxes(boxes: np.ndarray, window: CropWindow) -> tuple[np.ndarray, np.n
     return boxes[kept], kept
 
 
-def _crop_segm(segm: list | dict, window: CropWindow) -> list | np.ndarray:
-    if isinstance(segm, dict):
-        mask = segm_utils.rle_to_mask(segm)
+def _crop_segm(segm: list | dict | np.ndarray, window: CropWindow) -> list | np.ndarray:
+    if not isinstance(segm, list):
+        mask = segm_utils.rle_to_mask(segm) if isinstance(segm, dict) else segm
         # Nearest pixel: the offset in original-image pixels need not be whole.
         places = np.floor(np.arange(math.ceil(window.extent)) + window.offset + 0.5).astype(int)
         last = mask.shape[1 - window.axis] - 1

@@ -134,7 +134,7 @@ class TrainLoader(torch_data.DataLoader):
                 if deliveries is None:
                     deliveries = super().__iter__()
                 delivery = next(deliveries, None)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 raise self.explained(_last_of(error)) from error
             if delivery is None:
                 return
@@ -147,7 +147,7 @@ class TrainLoader(torch_data.DataLoader):
                     logger.warning("%s", note)
             yield batch
 
-    def explained(self, error: RuntimeError) -> Exception:
+    def explained(self, error: Exception) -> Exception:
         """A UserError in place of torch's error of a loader process that died; others unchanged.
 
         torch raises the latter wherever the program is when the process dies.
@@ -166,15 +166,16 @@ class TrainLoader(torch_data.DataLoader):
         )
 
 
-def _last_of(error: RuntimeError) -> RuntimeError:
+def _last_of(error: Exception) -> Exception:
     """torch's last error of a loader process that died; the error itself if it is another.
 
-    torch may notice first that a process is gone, and raise a second error, of its signal, once
-    that arrives: which would come in the midst of whatever is done about the first.
+    That a process is gone may be noticed first by a broken connection to it, or by its absence.
+    torch raises another error, of its signal, once that arrives: which would come in the midst of
+    whatever is done about the first.
     """
-    if "DataLoader worker" in str(error):
+    if isinstance(error, (OSError, EOFError)) or "DataLoader worker" in str(error):
         try:
-            time.sleep(0.2)
+            time.sleep(0.5)
         except RuntimeError as second:
             return second
     return error

@@ -18,7 +18,14 @@ import utils.blob as blob_utils
 import utils.segms as segm_utils
 from core.config import cfg
 from core.errors import UserError
-from roi_data.crop import X, choose_window, crop_entry
+from roi_data.augment import (
+    AugmentOptions,
+    colour_jitter,
+    cut_around_object,
+    large_scale_jitter,
+    random_crop,
+)
+from roi_data.crop import View, choose_window
 from utils.image import read_image
 from utils.packed_roidb import RoidbEntry
 
@@ -35,6 +42,7 @@ class MinibatchOptions:
     ims_per_batch: int
     masks: bool
     keypoints: bool
+    augment: AugmentOptions = AugmentOptions()
 
     @classmethod
     def from_cfg(cls) -> MinibatchOptions:
@@ -45,6 +53,7 @@ class MinibatchOptions:
             ims_per_batch=cfg.TRAIN.IMS_PER_BATCH,
             masks=cfg.MODEL.MASK_ON,
             keypoints=cfg.MODEL.KEYPOINTS_ON,
+            augment=AugmentOptions.from_cfg(),
         )
 
 
@@ -52,8 +61,9 @@ class MinibatchOptions:
 class Sample:
     """One decoded training image with its draws.
 
-    image: uint8 (H, W, 3) BGR as in the file (not flipped, not resized). out_hw: its size after
-    resizing by `scale` and cropping; crop_xy: where the crop starts in the resized image.
+    image: uint8 (H, W, 3) BGR as in the file (not flipped, not resized; colours as drawn).
+    out_hw: its size after resizing by `scale` and cropping; crop_xy: where the crop starts in the
+    resized image.
     entry: ground truth of the flipped and cropped image, in original-image pixels.
     """
 
@@ -71,7 +81,7 @@ def get_sample(
     options: MinibatchOptions,
     out: np.ndarray | None = None,
 ) -> Sample:
-    """Read an image and make its draws (scale, crop), which depend on `seed` alone.
+    """Read an image and make its draws (colours, scale, crop), which depend on `seed` alone.
 
     ratio: width / height to crop to, for entries with need_crop. out: memory to decode into,
     uint8 (height, width, 3). Raises UserError naming the image if it cannot be read or has
@@ -82,16 +92,21 @@ def get_sample(
     image = read_image(entry["image"], (height, width), out)
     target_size = options.scales[rng.randint(len(options.scales))]
     scale = blob_utils.get_target_scale(height, width, target_size, options.max_size)
-    out_hw = blob_utils.scaled_size(height, width, scale)
-    crop_xy = (0, 0)
+    canvas = blob_utils.scaled_size(height, width, scale)
+    augment = options.augment
+    if augment.jitters_colour:
+        colour_jitter(image, augment, rng)
+    if augment.jitters_scale:
+        scale = large_scale_jitter(scale, augment.scale_jitter, rng)
+    resized = blob_utils.scaled_size(height, width, scale)
+    view = View(entry, scale, (max(resized[0], 1), max(resized[1], 1)))
+    if augment.jitters_scale:
+        cut_around_object(view, canvas, rng)
+    if augment.crop_prob > 0 and rng.uniform() < augment.crop_prob:
+        random_crop(view, augment.crop_min, rng)
     if entry.get("need_crop"):
-        window = choose_window(entry, out_hw, scale, ratio, rng)
-        entry = crop_entry(entry, window)
-        if window.axis == X:
-            out_hw, crop_xy = (out_hw[0], window.size), (window.start, 0)
-        else:
-            out_hw, crop_xy = (window.size, out_hw[1]), (0, window.start)
-    return Sample(image, entry, scale, out_hw, crop_xy)
+        view.cut(choose_window(view.entry, view.out_hw, scale, ratio, rng))
+    return Sample(image, view.entry, scale, view.out_hw, view.crop_xy)
 
 
 def pack_minibatch(

@@ -21,6 +21,7 @@ from core.errors import UserError
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Keys of this project that Detectron.pytorch lacks.
 NEW_KEYS = {
+    *(f"TRAIN.AUGMENT.{key}" for key in DEFAULTS.TRAIN.AUGMENT),
     "DATA_LOADER.ON_BAD_IMAGE",
     "RESNETS.IMAGENET_PRETRAINED_PIXELS",
     "RESNETS.STEM_OUT_CHANNELS",
