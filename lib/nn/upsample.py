@@ -37,14 +37,18 @@ class BilinearInterpolation2d(nn.Module):
         self.upconv.bias = nn.Parameter(torch.zeros(channels), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) enlarged; C may be less than `channels`, which are all treated alike."""
+        """(N, C, H, W) enlarged, in its own precision also under autocast.
+
+        C may be less than `channels`, which are all treated alike.
+        """
         # The diagonal alone: a full deconvolution would multiply by zeros channels times over.
         channels = x.shape[1]
         weight = self.upconv.weight.diagonal().permute(2, 0, 1).unsqueeze(1)[:channels]
-        return F.conv_transpose2d(
-            x,
-            weight.to(x.dtype),
-            stride=self.up_scale,
-            padding=self.up_scale // 2,
-            groups=channels,
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv_transpose2d(
+                x,
+                weight.to(x.dtype),
+                stride=self.up_scale,
+                padding=self.up_scale // 2,
+                groups=channels,
+            )

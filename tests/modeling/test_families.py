@@ -210,6 +210,25 @@ def test_two_steps_and_a_detection(family, people, cfg):
     assert set(mapping) == set(model.state_dict())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_forward_never_waits_for_the_gpu(family, amp, people):
+    model, batch, _ = people(FAMILIES[family])
+    model = model.cuda().train()
+    batch = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+        model(**batch)  # libraries load
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            total = sum(model(**batch)["losses"].values())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    total.backward()
+    assert torch.isfinite(total)
+
+
 def test_keypoint_losses_fall(people):
     model, batch, _ = people(FPN | POSE | {"FPN.USE_GN": True, "KRCNN.CONV_INIT": "MSRAFill"})
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

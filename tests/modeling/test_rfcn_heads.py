@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_train_step import make_batch
 
 OPTIONS = {
     "MODEL.TYPE": "rfcn",
@@ -111,6 +112,21 @@ def test_blobs_are_detectrons(kind, agnostic, build):
     assert shapes == expected
     assert model.Conv_Body.spatial_scale == 1 / 16
     assert not any(name.startswith("Box_Outs.") for name, _ in model.named_parameters())
+
+
+def test_it_trains_on_proposals_from_files_without_an_rpn(cfg, build):
+    narrow = {"RESNETS.WIDTH_PER_GROUP": 4, "RESNETS.RES2_OUT_CHANNELS": 8, "MODEL.NUM_CLASSES": 4}
+    model = build(narrow | {"MODEL.FASTER_RCNN": False}).train()
+    batch = make_batch(objects=3)
+    masks = {key for key in batch if "poly" in key or "mask" in key or "object_off" in key}
+    batch = {key: value for key, value in batch.items() if key not in masks}
+    batch["proposals"] = batch["gt_boxes"][:, :3] + 2
+    batch["proposals_valid"] = torch.ones(2, 3, dtype=torch.bool)
+    losses = model(**batch)["losses"]
+    assert set(losses) == {"loss_cls", "loss_bbox"}
+    sum(losses.values()).backward()
+    for layer in (model.Box_Head.conv_cls, model.Box_Head.conv_bbox_pred):
+        assert layer.weight.grad.abs().sum() > 0
 
 
 def test_the_reduction_is_rectified(build):

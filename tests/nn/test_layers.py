@@ -58,3 +58,11 @@ def test_fillers_have_caffe2_s_spread():
     assert mynn.init.MSRAFill(weight).std() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=1e-2)
     with pytest.raises(ValueError, match="NoSuchFill"):
         mynn.init.conv_fill("NoSuchFill", 0.1)
+
+
+def test_enlarging_keeps_its_precision_under_autocast():
+    layer, x = mynn.BilinearInterpolation2d(2, 2), torch.randn(1, 2, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, layer(x))
