@@ -1,37 +1,56 @@
-"""Test a trained network on a data set: detections, COCO results, average precision."""
+"""Test a trained network on a data set: detections, COCO results, average precision.
+
+Exit codes: 0 tested; 2 bad input, said in a sentence; 143 ended by SIGTERM. An interrupted test
+goes on where it was when the same command is given again. Under torchrun the processes share the
+test.
+"""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import signal
 import sys
 from pathlib import Path
 
 import _init_paths  # noqa: F401  (puts lib/ on the path)
-from core.config import assert_and_infer_cfg, cfg, merge_cfg_from_file, merge_cfg_from_list
+import core.distributed as ranks
+from core.config import (
+    assert_and_infer_cfg,
+    cfg,
+    merge_cfg_from_cfg,
+    merge_cfg_from_file,
+    merge_cfg_from_list,
+)
 from core.errors import UserError, exit_on_user_error
-from core.test_engine import run_inference
+from core.test_engine import run_inference, score_detections
+from core.test_results import stored_config
+from core.train_engine import AMP_DTYPES
 from datasets.dataset_catalog import resolve_dataset
 from utils.device import pick_devices
 from utils.logging import setup_logging
-from utils.model_zoo import ZOO_PREFIX
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--dataset",
         required=True,
         help="coco2017, a catalog name, data.yaml, or ANNOTATIONS.json:IMAGE_DIR",
     )
-    parser.add_argument("--cfg", dest="cfg_file", required=True, help="config (YAML)")
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--load_ckpt", help="checkpoint (.pth) to test")
-    weights.add_argument(
-        "--load_detectron", help="Detectron weights to test: .pkl or zoo://CONFIG_STEM"
+    parser.add_argument(
+        "--cfg", dest="cfg_file", help="config (YAML); with --eval_only by default the file's own"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--load_ckpt", help="checkpoint (.pth) to test")
+    source.add_argument("--load_detectron", help="Detectron weights (.pkl) to test")
+    source.add_argument(
+        "--eval_only", metavar="FILE", help="score this detections.pkl, also one of Detectron's"
     )
     parser.add_argument(
         "--output_dir",
-        help="where results go; default: test/ beside the folder that the weights are in",
+        help="where results go; default: test/ beside the folder that the weights are in, "
+        "with --eval_only the file's folder",
     )
     parser.add_argument(
         "--set", dest="set_cfgs", nargs="+", default=[], metavar="K V", help="config options"
@@ -43,19 +62,33 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar=("START", "END"),
         help="test images START to END - 1 only and write a part file",
     )
+    parser.add_argument(
+        "--multi-gpu-testing",
+        action="store_true",
+        help="share the test among all GPUs, a process on each (on CPUs: NUM_GPUS processes)",
+    )
     parser.add_argument("--vis", action="store_true", help="draw the detections (PDF) as well")
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is any")
     parser.add_argument("--bs", type=int, default=1, help="images a forward pass (default 1)")
-    return parser.parse_args(argv)
-
-
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    setup_logging(__name__)
+    parser.add_argument(
+        "--amp", choices=tuple(AMP_DTYPES), default="off", help="mixed precision (default off)"
+    )
+    args = parser.parse_args(argv)
     if args.bs < 1:
         raise UserError(f"--bs {args.bs} is not a number of images: give 1 or more.")
-    merge_cfg_from_file(args.cfg_file)
+    if not args.cfg_file and not args.eval_only:
+        parser.error("the following arguments are required: --cfg")
+    if args.range and args.multi_gpu_testing:
+        raise UserError("--range is one part of a test, --multi-gpu-testing all: leave one out.")
+    return args
+
+
+def configure(args: argparse.Namespace) -> None:
+    """Merge the config, in the order file, --set, data set, and freeze it."""
+    if args.cfg_file:
+        merge_cfg_from_file(args.cfg_file)
+    else:
+        merge_cfg_from_cfg(stored_config(args.eval_only))
     merge_cfg_from_list(args.set_cfgs)
     dataset = resolve_dataset(args.dataset)
     if not dataset.test_names:
@@ -65,15 +98,31 @@ def main(argv: list[str] | None = None) -> int:
     cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS = False
     assert_and_infer_cfg()
 
-    args.device = pick_devices(args.device)[0]
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    # As on Ctrl-C, what has been tested is kept.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    setup_logging(__name__)
+    configure(args)
+    if args.eval_only:
+        score_detections(args.eval_only, args.output_dir or Path(args.eval_only).absolute().parent)
+        return 0
     if args.output_dir is None:
-        weights = args.load_ckpt or args.load_detectron
-        args.output_dir = (
-            Path(cfg.OUTPUT_DIR) / weights.removeprefix(ZOO_PREFIX) / "test"
-            if weights.startswith(ZOO_PREFIX)
-            else Path(weights).absolute().parent.parent / "test"
-        )
+        weights = Path(args.load_ckpt or args.load_detectron).absolute()
+        args.output_dir = weights.parent.parent / "test"
+    launch = ranks.launch_from_environment()
+    args.sharded = launch.world_size > 1
+    devices = ranks.device_of(launch, pick_devices(args.device))
+    args.device = devices[0]
+    if args.multi_gpu_testing and not args.sharded:
+        args.devices = devices if args.device.type == "cuda" else devices * cfg.NUM_GPUS
+    if launch.rank > 0:
+        logging.getLogger().setLevel(logging.WARNING)
+    ranks.join(launch)
     run_inference(args, ind_range=tuple(args.range) if args.range else None)
+    ranks.leave()
     return 0
 
 

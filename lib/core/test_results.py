@@ -2,6 +2,7 @@
 
 `detections.pkl` is Detectron's file. `detection_range_{a}_{b}.pkl` is the same for the images a to
 b - 1, with two entries more: which of them are done, and a fingerprint of what they depend on.
+Part files of proposals (core.rpn_generator) work alike.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,9 +23,11 @@ import yaml
 from torch import nn
 
 from core.config import cfg
+from core.config_yaml import load_yaml
 from core.errors import UserError
 from core.test import ClassBoxes, ClassKeyps, ClassSegms
 from datasets.entry import RoidbEntry
+from datasets.json_dataset import JsonDataset
 from utils.run_dir import plain
 from utils.weights import atomic_write, unpickle_data
 
@@ -34,12 +37,15 @@ DETECTIONS_FILE = "detections.pkl"
 SECONDS_BETWEEN_PARTS = 60.0
 # What a detection does not depend on.
 _NEUTRAL_KEYS = ("OUTPUT_DIR", "DATA_DIR", "DATA_LOADER", "NUM_GPUS")
+_FOLDER_KEYS = ("ROOT_DIR", "DATA_DIR", "OUTPUT_DIR")
 _KINDS = ("all_boxes", "all_segms", "all_keyps")
 
 
 @dataclass
 class DatasetResults:
     """Detections of a data set's images as Detectron nests them: `all_boxes[class][image]`."""
+
+    part_stem: ClassVar[str] = "detection"
 
     all_boxes: list[list[np.ndarray | list]]
     all_segms: list[list[list[dict[str, Any]]]]
@@ -51,6 +57,16 @@ class DatasetResults:
         return cls(
             *([[[] for _ in range(num_images)] for _ in range(num_classes)] for _ in range(3))
         )
+
+    @classmethod
+    def blank(cls, num_images: int) -> DatasetResults:
+        """Nothing detected yet, by the model that the config describes."""
+        return cls.empty(cfg.MODEL.NUM_CLASSES, num_images)
+
+    @staticmethod
+    def load(path: str | Path) -> tuple[DatasetResults, dict[str, Any]]:
+        """load_detections()."""
+        return load_detections(path)
 
     @property
     def num_images(self) -> int:
@@ -117,6 +133,25 @@ def load_detections(path: str | Path) -> tuple[DatasetResults, dict[str, Any]]:
     return DatasetResults(*kinds), rest
 
 
+def stored_config(path: str | Path) -> dict[str, Any]:
+    """The config that a detections file was made under, without the folders of that machine.
+
+    Raises:
+        UserError: the file is unusable, or has no config.
+    """
+    _, rest = load_detections(path)
+    try:
+        config = load_yaml(rest.get("cfg") or "")
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"the config in {path} is not readable ({' '.join(str(error).split())}): name one "
+            "with --cfg"
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} has no config in it: name one with --cfg")
+    return {key: value for key, value in config.items() if key not in _FOLDER_KEYS}
+
+
 def _is_nested(values: Any) -> bool:
     if not isinstance(values, list) or not values:
         return False
@@ -128,17 +163,19 @@ class PartFile:
     """The results of a range of images while they come in, kept on disk now and then.
 
     What earlier tests of the same model, config and images have left in the folder, in whatever
-    ranges, is taken over.
+    ranges, is taken over. kind: DatasetResults, or core.rpn_generator.ProposalResults.
     """
 
-    def __init__(self, folder: Path, start: int, end: int, fingerprint: str) -> None:
+    def __init__(
+        self, folder: Path, start: int, end: int, fingerprint: str, kind: type = DatasetResults
+    ) -> None:
         self.start, self.fingerprint = start, fingerprint
-        self.path = part_path(folder, start, end)
-        self.results = DatasetResults.empty(cfg.MODEL.NUM_CLASSES, end - start)
+        self.path = part_path(folder, start, end, kind)
+        self.results = kind.blank(end - start)
         self.done = np.zeros(end - start, dtype=bool)
         self._saved = time.monotonic()
         self._taken: list[Path] = []
-        for path, first, last in part_files(folder):
+        for path, first, last in part_files(folder, kind):
             if max(first, start) < min(last, end):
                 self._take_over(path, first)
 
@@ -148,7 +185,7 @@ class PartFile:
         return np.flatnonzero(~self.done).tolist()
 
     def add(self, image: int, *found: Any) -> None:
-        """Put in the detections of an image, as `DatasetResults.extend` takes them."""
+        """Put in what was found in an image, as `extend` of the results takes it."""
         self.results.extend(image, *found)
         self.done[image] = True
         if time.monotonic() - self._saved >= SECONDS_BETWEEN_PARTS:
@@ -166,7 +203,7 @@ class PartFile:
 
     def _take_over(self, path: Path, first: int) -> None:
         try:
-            other, rest = load_detections(path)
+            other, rest = self.results.load(path)
         except UserError as error:
             logger.warning("%s; it is ignored", error)
             return
@@ -180,26 +217,36 @@ class PartFile:
         self.done[theirs] = True
 
 
-def join_parts(folder: Path, ranges: Sequence[tuple[int, int]]) -> DatasetResults:
-    """The detections of complete part files as one; the files of that test are deleted.
+def join_parts(folder: Path, ranges: Sequence[tuple[int, int]], kind: type = DatasetResults) -> Any:
+    """The results (of that kind) of complete part files as one; the files of that test are deleted.
 
     ranges: of the files, one after the other from the first image to the last.
 
     Raises:
         UserError: a file is missing or incomplete, or they are not of one test.
     """
-    files = [part_path(folder, *r) for r in ranges]
-    parts = [load_detections(file) for file in files]
+    files = [part_path(folder, *r, kind) for r in ranges]
+    parts = [kind.load(file) for file in files]
     fingerprints = {rest.get("fingerprint") for _, rest in parts}
     if len(fingerprints) > 1 or not all(np.all(rest.get("done", False)) for _, rest in parts):
         raise UserError(f"the part files in {folder} are not of one test: delete them, test again")
-    joined = DatasetResults.empty(len(parts[0][0].all_boxes), ranges[-1][1])
+    joined = kind.blank(ranges[-1][1])
     for (part, _), (start, end) in zip(parts, ranges, strict=True):
         joined.copy_images(part, [(i, i - start) for i in range(start, end)])
-    for path, _, _ in part_files(folder):
-        if path in files or load_detections(path)[1].get("fingerprint") in fingerprints:
+    for path, _, _ in part_files(folder, kind):
+        if path in files or kind.load(path)[1].get("fingerprint") in fingerprints:
             path.unlink()
     return joined
+
+
+def check_range(dataset: JsonDataset, start: int, end: int) -> None:
+    """Raise UserError unless start .. end - 1 are images of the data set."""
+    count = len(dataset.image_ids)
+    if not 0 <= start < end <= count:
+        raise UserError(
+            f"--range {start} {end} is not part of {dataset.name}: it has {count} images, "
+            f"so START may be 0 to {count - 1} and END at most {count}."
+        )
 
 
 def split_range(count: int, parts: int) -> list[tuple[int, int]]:
@@ -209,16 +256,16 @@ def split_range(count: int, parts: int) -> list[tuple[int, int]]:
     return [(int(piece[0]), int(piece[-1]) + 1) for piece in pieces if len(piece)]
 
 
-def part_path(folder: Path, start: int, end: int) -> Path:
-    """Where the detections in the images start .. end - 1 of a data set go."""
-    return folder / f"detection_range_{start}_{end}.pkl"
+def part_path(folder: Path, start: int, end: int, kind: type = DatasetResults) -> Path:
+    """Where the results of the images start .. end - 1 of a data set go."""
+    return folder / f"{kind.part_stem}_range_{start}_{end}.pkl"
 
 
-def part_files(folder: Path) -> list[tuple[Path, int, int]]:
+def part_files(folder: Path, kind: type = DatasetResults) -> list[tuple[Path, int, int]]:
     """The part files in a folder, each with its range."""
     found = []
-    for path in sorted(folder.glob("detection_range_*.pkl")):
-        match = re.fullmatch(r"detection_range_(\d+)_(\d+)\.pkl", path.name)
+    for path in sorted(folder.glob(f"{kind.part_stem}_range_*.pkl")):
+        match = re.fullmatch(rf"{kind.part_stem}_range_(\d+)_(\d+)\.pkl", path.name)
         if match:
             found.append((path, int(match[1]), int(match[2])))
     return found
@@ -237,6 +284,8 @@ def test_fingerprint(model: nn.Module, roidb: Sequence[RoidbEntry], **options: A
     settings = {key: value for key, value in plain(cfg).items() if key not in _NEUTRAL_KEYS}
     images = [(entry["id"], entry["height"], entry["width"]) for entry in roidb]
     digest.update(repr((settings, images, sorted(options.items()))).encode())
+    for entry in roidb:
+        digest.update(entry["boxes"].tobytes())
     return digest.hexdigest()
 
 

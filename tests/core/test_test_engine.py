@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import pickle
 from pathlib import Path
 
@@ -12,16 +12,16 @@ import pytest
 import torch
 import yaml
 
-from core import test_engine
+from core import test_engine, test_results
 from core.config import assert_and_infer_cfg, merge_cfg_from_file
 from core.errors import UserError
 from core.test_engine import test_net as run_test_net  # or pytest would collect it
-from core.test_pipeline import FileResult, detect_files, plan_batches
+from core.test_pipeline import detect_files, plan_batches
+from core.test_results import DatasetResults, load_detections
 from datasets.dataset_catalog import resolve_dataset
 from datasets.demo_shapes import make_demo_data
 from datasets.json_dataset import JsonDataset
 from modeling.model_builder import Generalized_RCNN
-from utils.segms import mask_to_rle, polys_to_mask
 
 DEMO_CONFIG = (
     Path(__file__).resolve().parents[2] / "configs/demo/e2e_mask_rcnn_R-50-FPN_gn_demo.yaml"
@@ -140,7 +140,121 @@ def test_an_unreadable_image_ends_the_test_by_name(model, tmp_path):
     broken.write_text("not an image")
     with pytest.raises(UserError, match=broken.name):
         run_test_net(model, dataset, tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert part_names(tmp_path / "out") == ["detection_range_0_3.pkl"]  # the first is kept
+
+
+def interrupted_after(count: int):
+    """detect_files that is interrupted when `count` images are done."""
+
+    def detect(*args, **kwargs):
+        for done, found in enumerate(detect_files(*args, **kwargs)):
+            if done == count:
+                raise KeyboardInterrupt
+            yield found
+
+    return detect
+
+
+def counted(counts: list[int]):
+    """detect_files that notes how many images it is asked for."""
+
+    def detect(model, paths, *args, **kwargs):
+        counts.append(len(paths))
+        return detect_files(model, paths, *args, **kwargs)
+
+    return detect
+
+
+def test_an_interrupted_test_goes_on_where_it_was(dataset, model, tmp_path, monkeypatch):
+    whole = run_test_net(model, dataset, tmp_path / "whole")
+    monkeypatch.setattr(test_engine, "detect_files", interrupted_after(3))
+    for ind_range in (None, (4, 7)):
+        with pytest.raises(KeyboardInterrupt):
+            run_test_net(model, dataset, tmp_path, ind_range, batch_size=2)
+        monkeypatch.setattr(test_engine, "detect_files", interrupted_after(1))
+    assert part_names(tmp_path) == ["detection_range_0_7.pkl", "detection_range_4_7.pkl"]
+    counts: list[int] = []
+    monkeypatch.setattr(test_engine, "detect_files", counted(counts))
+    resumed = run_test_net(model, dataset, tmp_path)
+    assert sum(counts) < 7 - 3
+    assert_same_detections(resumed, whole)
+    assert part_names(tmp_path) == []
+
+
+def test_a_part_of_other_weights_or_settings_is_not_used(dataset, model, tmp_path, monkeypatch):
+    run_test_net(model, dataset, tmp_path, (0, 4))
+    counts: list[int] = []
+    monkeypatch.setattr(test_engine, "detect_files", counted(counts))
+    run_test_net(model, dataset, tmp_path, (1, 3), amp="bf16")
+    with torch.no_grad():
+        model.Box_Outs.cls_score.bias[1] += 0.1
+    run_test_net(model, dataset, tmp_path, (2, 4))
+    run_test_net(model, dataset, tmp_path, (2, 3))  # this one is known by now
+    assert counts == [2, 2, 0]
+
+
+def test_what_is_done_is_written_while_the_test_runs(dataset, model, tmp_path, monkeypatch):
+    """As a test that is killed leaves it: without a chance to write anything."""
+    monkeypatch.setattr(test_results, "SECONDS_BETWEEN_PARTS", 0.0)
+    seen = []
+
+    def watched(*args, **kwargs):
+        for found in detect_files(*args, **kwargs):
+            seen.extend(load_detections(path)[1]["done"].sum() for path in tmp_path.iterdir())
+            yield found
+
+    monkeypatch.setattr(test_engine, "detect_files", watched)
+    run_test_net(model, dataset, tmp_path, (0, 4))
+    assert seen == [1, 2, 3]
+
+
+def test_a_damaged_part_file_is_left_alone(dataset, model, tmp_path, caplog):
+    (tmp_path / "detection_range_0_3.pkl").write_bytes(b"no pickle")
+    found = run_test_net(model, dataset, tmp_path, (2, 5))
+    assert found.num_images == 3
+    assert "detection_range_0_3.pkl is damaged" in caplog.text
+
+
+def part_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("detection_range_*"))
+
+
+def assert_same_detections(found: DatasetResults, expected: DatasetResults) -> None:
+    for j in range(1, 4):
+        for i in range(7):
+            np.testing.assert_allclose(found.all_boxes[j][i], expected.all_boxes[j][i], atol=1e-3)
+            assert len(found.all_segms[j][i]) == len(expected.all_segms[j][i])
+
+
+@pytest.fixture
+def two_processes(model, demo_data, tmp_path) -> argparse.Namespace:
+    """A test of the demo data shared by two processes on the CPU."""
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    return argparse.Namespace(
+        load_ckpt=str(tmp_path / "model.pth"),
+        load_detectron=None,
+        output_dir=tmp_path / "out",
+        dataset=str(demo_data),
+        device=torch.device("cpu"),
+        devices=[torch.device("cpu")] * 2,
+        bs=2,
+    )
+
+
+def test_processes_share_a_test(model, dataset, two_processes, cfg, tmp_path):
+    cfg.freeze(False)
+    cfg.TEST.DATASETS = (dataset.name,)
+    cfg.freeze()
+    alone = argparse.Namespace(**vars(two_processes) | {"devices": None, "bs": 1})
+    # An earlier test by one process was interrupted: its images are not tested again.
+    test_engine.run_inference(alone, ind_range=(0, 3))
+    results = test_engine.run_inference(two_processes)
+    alone.output_dir = tmp_path / "alone"
+    expected = test_engine.run_inference(alone)
+    found, _ = load_detections(tmp_path / "out/detections.pkl")
+    assert_same_detections(found, load_detections(tmp_path / "alone/detections.pkl")[0])
+    assert part_names(tmp_path / "out") == []
+    assert results[dataset.name]["box"] == pytest.approx(expected[dataset.name]["box"], abs=1e-3)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -158,34 +272,3 @@ def test_unreadable_files_do_not_stop_the_others(model, dataset, tmp_path, num_w
     for index in (1, 2):
         assert str(paths[index]) in str(results[index].error)
         assert results[index].cls_boxes is None
-
-
-def test_ground_truth_boxes_score_one(dataset, model, tmp_path, monkeypatch):
-    """The way from detections to metrics, without what a detector gets wrong."""
-    truth = {entry["image"]: entry for entry in dataset.get_roidb(gt=True)}
-
-    def detect_truth(model, paths, sizes, **options):
-        for index, path in enumerate(paths):
-            entry = truth[path]
-            classes = entry["gt_classes"]
-            segms = [_rle(s, sizes[index]) for s in entry["segms"]]
-            boxes = np.c_[entry["boxes"], np.ones(len(classes))].astype(np.float32)
-            yield FileResult(
-                index,
-                None,
-                [[], *(boxes[classes == j] for j in range(1, 4))],
-                [[s for s, c in zip(segms, classes, strict=True) if c == j] for j in range(4)],
-            )
-
-    monkeypatch.setattr(test_engine, "detect_files", detect_truth)
-    results = test_engine.test_net_on_dataset(model, dataset.name, tmp_path)
-    metrics = results[dataset.name]
-    assert metrics["box"]["AP"] == pytest.approx(1.0)
-    assert metrics["mask"]["AP"] == pytest.approx(1.0)
-    (file,) = tmp_path.glob("bbox_*_results.json")
-    assert json.loads(file.read_text())
-
-
-def _rle(segm: list, size: tuple[int, int]) -> dict:
-    rle = mask_to_rle(polys_to_mask(segm, *size))
-    return {"size": rle["size"], "counts": rle["counts"].decode()}
