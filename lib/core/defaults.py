@@ -164,7 +164,7 @@ TEST = AttrDict(
 )
 
 MODEL = AttrDict(
-    TYPE="",  # kind of model, generalized_rcnn for the whole R-CNN family
+    TYPE="",  # generalized_rcnn (all R-CNNs), retinanet, rfcn, ResNet50_rfcn or ResNet101_rfcn
     CONV_BODY="",  # backbone, as file.name in lib/modeling
     NUM_CLASSES=-1,  # classes with background; comes from the data set
     CLS_AGNOSTIC_BBOX_REG=False,  # one box regressor for all classes

@@ -31,6 +31,50 @@ def body(cfg):
     return build
 
 
+DETECTRONS_NAMES = {
+    "MODEL.CONV_BODY": [
+        *(f"ResNet.add_ResNet{depth}_conv4_body" for depth in (50, 101)),
+        *(f"ResNet.add_ResNet{depth}_conv5_body" for depth in (50, 101, 152)),
+        *(f"FPN.add_fpn_ResNet{depth}_conv5_body" for depth in (50, 101, 152)),
+        *(f"FPN.add_fpn_ResNet{depth}_conv5_P2only_body" for depth in (50, 101, 152)),
+        "VGG16.add_VGG16_conv5_body",
+        "VGG_CNN_M_1024.add_VGG_CNN_M_1024_conv5_body",
+    ],
+    "FAST_RCNN.ROI_BOX_HEAD": [
+        "fast_rcnn_heads.add_roi_2mlp_head",
+        "fast_rcnn_heads.add_roi_Xconv1fc_head",
+        "fast_rcnn_heads.add_roi_Xconv1fc_gn_head",
+        "ResNet.add_ResNet_roi_conv5_head",
+        "VGG16.add_VGG16_roi_fc_head",
+        "VGG_CNN_M_1024.add_VGG_CNN_M_1024_roi_fc_head",
+        "head_builder.add_roi_2mlp_head",
+    ],
+    "MRCNN.ROI_MASK_HEAD": [
+        *(
+            f"mask_rcnn_heads.{prefix}mask_rcnn_fcn_head_{kind}"
+            for prefix in ("", "ResNet_")
+            for kind in ("v1up4convs", "v1up", "v0upshare", "v0up")
+        ),
+        "mask_rcnn_heads.mask_rcnn_fcn_head_v1up4convs_gn",
+    ],
+    "KRCNN.ROI_KEYPOINTS_HEAD": [
+        "keypoint_rcnn_heads.add_roi_pose_head_v1convX",
+        "keypoint_rcnn_heads.add_ResNet_roi_conv5_head_for_keypoints",
+    ],
+}
+
+
+@pytest.mark.parametrize("key", DETECTRONS_NAMES)
+def test_every_body_and_head_of_detectrons_is_here(key, cfg):
+    from core.config import merge_cfg_from_list
+    from modeling.model_builder import get_func
+
+    group, name = key.split(".")
+    for function in DETECTRONS_NAMES[key]:
+        merge_cfg_from_list([key, function])
+        assert callable(get_func(cfg[group][name])), function
+
+
 @pytest.mark.parametrize("depth", [50, 101, 152])
 @pytest.mark.parametrize(("dilation", "stride"), [(1, 32), (2, 16)])
 def test_dilation_of_res5_stands_in_for_its_stride(depth, dilation, stride, body):
