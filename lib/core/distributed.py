@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -115,6 +116,8 @@ def distribute(model: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return model
+    # It is said of 1x1 convolutions in channels_last: strides of sizes of 1, which mean nothing.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # Nothing but the frozen constants is a buffer: there is nothing to tell the others each step.
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 

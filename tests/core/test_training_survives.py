@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 from datasets.demo_shapes import make_demo_data
+from forked import fork_context
 
 CONFIG = "configs/demo/e2e_mask_rcnn_R-50-FPN_gn_demo.yaml"
 STEPS, KILLS = 20, 20
@@ -44,13 +43,10 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return {int(p.stem.removeprefix("model_step")): p for p in folder.glob("ckpt/model_step*.pth")}
 
 
-def test_twenty_kills_change_no_bit_of_the_final_weights(tmp_path, monkeypatch):
+def test_twenty_kills_change_no_bit_of_the_final_weights(tmp_path):
     root = Path(__file__).resolve().parents[2]
     make_demo_data(tmp_path, num_train=4, num_val=1)
-    # Imports torch (its optimizers: _dynamo) and the project once; trainings are forks of that.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server ignores sys.path
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["core.train_job", "torch._dynamo"])
+    context = fork_context()
 
     def start(name):
         process = context.Process(target=train, args=(str(root), str(tmp_path), name))

@@ -1,0 +1,62 @@
+"""Processes for tests, forked off one that has imported torch and the project."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+
+
+def fork_context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    # torch's optimizers import _dynamo, for seconds, when the first is made.
+    context.set_forkserver_preload(["core.train_job", "torch._dynamo"])
+    # The server takes no notice of sys.path when it imports those.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    multiprocessing.forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+    return context
+
+
+def start_ranks(
+    world_size: int, run: Callable[..., None], *args: object
+) -> list[ForkServerProcess]:
+    """`run(*args)` in processes with the environment that torchrun would give them."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    context = fork_context()
+    processes = []
+    for rank in range(world_size):
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world_size,
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+        }
+        processes.append(context.Process(target=_as_rank, args=(environment, run, args)))
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _as_rank(environment: dict[str, object], run: Callable[..., None], args: tuple) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    run(*args)
+
+
+def exit_codes(processes: list[ForkServerProcess], seconds: float = 120) -> list[int | None]:
+    for process in processes:
+        process.join(seconds)
+    return [process.exitcode for process in processes]
