@@ -38,14 +38,15 @@ from core.test_engine import initialize_model_from_cfg
 from core.test_pipeline import finish, plan_batches, queue_point
 from core.train_engine import AMP_DTYPES
 from datasets.vocabulary import Vocabulary, vocabulary_for, vocabulary_of
+from utils.class_count import count_classes
 from utils.device import pick_devices
 from utils.image import read_image
 from utils.image_sources import read_ahead
+from utils.model_zoo import local_weights
 from utils.run_dir import plain
 from utils.segms import rle_to_mask
 from utils.vis import convert_from_cls_format, draw
 from utils.vis_layout import Layout, lay_out
-from utils.weights import read_detectron_blobs, read_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,8 @@ class Predictor:
 
         Args:
             cfg_file: config (YAML), of this family or Detectron's own.
-            weights: a checkpoint (`.pth`) or Detectron's weights (`.pkl`).
+            weights: a checkpoint (`.pth`), Detectron's weights (`.pkl`), or a published model
+                (`zoo://<config name>`).
             dataset: whose classes: what `--dataset` takes. Without it their number is read from
                 the weights, and they are COCO's if there are 80 of them.
             device: `cuda`, `cuda:1`, `cpu`; by default a GPU if there is one.
@@ -163,13 +165,15 @@ class Predictor:
         if amp not in AMP_DTYPES:
             raise UserError(f"amp is one of {', '.join(AMP_DTYPES)}, not {amp!r}")
         self.device = pick_devices(None if device is None else str(device))[0]
+        weights = local_weights(weights)
         if detectron is None:
-            detectron = Path(weights).suffix == ".pkl"
+            detectron = weights.suffix == ".pkl"
         if dataset is not None:
             self.vocabulary = _configure(cfg_file, options, lambda: vocabulary_of(dataset))
         else:
-            count = _count_classes(weights, detectron)
-            self.vocabulary = _configure(cfg_file, options, lambda: vocabulary_for(count))
+            self.vocabulary = _configure(
+                cfg_file, options, lambda: vocabulary_for(count_classes(weights))
+            )
         self.model = initialize_model_from_cfg(
             argparse.Namespace(
                 load_ckpt=None if detectron else str(weights),
@@ -325,18 +329,3 @@ def _configure(
         cfg.freeze(was_frozen)
         raise
     return vocabulary
-
-
-def _count_classes(weights: str | Path, detectron: bool) -> int:
-    """How many classes (with the background) the box head of a weight file tells apart."""
-    if detectron:
-        scores = read_detectron_blobs(weights).get("cls_score_w")
-    else:
-        content = read_torch_file(weights)
-        state = content.get("model", content) if isinstance(content, dict) else {}
-        scores = state.get("Box_Outs.cls_score.weight")
-    if scores is None:
-        raise UserError(
-            f"{weights} does not tell its number of classes: say whose they are (dataset=...)"
-        )
-    return len(scores)
