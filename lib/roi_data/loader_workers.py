@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import multiprocessing
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -132,6 +134,8 @@ class TrainLoader(torch_data.DataLoader):
         while True:
             try:
                 if deliveries is None:
+                    if self.num_workers:
+                        _give_back_freed_memory()
                     deliveries = super().__iter__()
                 delivery = next(deliveries, None)
             except (RuntimeError, OSError, EOFError) as error:
@@ -185,7 +189,17 @@ def _as_it_is(delivery: Any) -> Any:
     return delivery
 
 
+def _give_back_freed_memory() -> None:
+    """What was freed (the annotations as they were read, above all) goes back to the system now:
+    a process that is forked would hold on to it."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _init_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)  # the processes are the parallelism
+    # A signal to the whole job (Ctrl-C, SIGTERM) lets the training finish its step: it needs data.
+    os.setpgid(0, 0)
     # The garbage collector would write to every object it inherited, and so copy all of them.
     gc.freeze()
