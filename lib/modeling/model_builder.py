@@ -401,6 +401,6 @@ def _foreground_quota() -> int:
 
 def _as_rois(boxes: Tensor, valid: Tensor) -> Tensor:
     """Boxes (N, K, 4) of N images as RoIs (N * K, 5); empty slots get batch index -1."""
-    index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype).view(-1, 1)
+    index = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype).view(-1, 1)
     index = torch.where(valid, index, -1.0)
     return torch.cat([index.unsqueeze(-1), boxes], dim=-1).flatten(0, 1)
