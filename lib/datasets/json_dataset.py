@@ -17,7 +17,7 @@ from core.errors import UserError
 from datasets.annotations import load_annotations
 from datasets.dataset_catalog import get_entry
 from datasets.entry import RoidbEntry, make_entry
-from datasets.proposals import add_proposals, load_proposals
+from datasets.proposals import ProposalFiles, add_proposals, load_proposals
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class JsonDataset:
     def get_roidb(
         self,
         gt: bool = False,
-        proposal_file: str | None = None,
+        proposal_file: ProposalFiles | None = None,
         crowd_filter_thresh: float = 0,
     ) -> list[RoidbEntry]:
         """One entry per image, ordered by image id, not flipped.

@@ -20,18 +20,26 @@ from utils.weights import unpickle_data
 
 logger = logging.getLogger(__name__)
 
+# What gives the proposals of one data set: a file, or several that share its images.
+ProposalFiles = str | Path | tuple[str, ...]
+
 _MIN_SIZE = 2  # proposals must be wider and higher than this, in image pixels
 
 
-def proposal_files(split: str) -> tuple[str | None, ...]:
+def proposal_files(split: str) -> tuple[ProposalFiles | None, ...]:
     """The proposal file of each data set of cfg.TRAIN or cfg.TEST (`split`); None for each if the
     model makes its own proposals.
 
-    Raises UserError if there is not one file for each data set.
+    Several files are for one data set what each of them is for a part of its images: Detectron's
+    are of coco_2014_train and coco_2014_valminusminival, which together are coco_2017_train.
+
+    Raises UserError if there is not one file for each of several data sets.
     """
     names, files = cfg[split].DATASETS, cfg[split].PROPOSAL_FILES
     if not cfg.TEST.PRECOMPUTED_PROPOSALS:
         return (None,) * len(names)
+    if len(names) == 1 and len(files) > 1:
+        return (tuple(files),)
     if len(files) != len(names):
         raise UserError(
             f"without an RPN (MODEL.FASTER_RCNN False) {split}.PROPOSAL_FILES must name one file "
@@ -41,7 +49,7 @@ def proposal_files(split: str) -> tuple[str | None, ...]:
     return tuple(files)
 
 
-def proposal_file_for_testing(name: str) -> str | None:
+def proposal_file_for_testing(name: str) -> ProposalFiles | None:
     """The proposal file of a data set of cfg.TEST; None for one that is not of it or needs none.
 
     Raises UserError as proposal_files does.
@@ -50,18 +58,21 @@ def proposal_file_for_testing(name: str) -> str | None:
 
 
 def load_proposals(
-    path: str | Path, roidb: Sequence[RoidbEntry], limit: int = 0
+    files: ProposalFiles, roidb: Sequence[RoidbEntry], limit: int = 0
 ) -> list[np.ndarray]:
     """Proposals of each image of a roidb: float32 (R, 4) xyxy in image pixels.
 
-    The file is a pickled dict of per-image lists `boxes`, `scores` and `ids` (or `indexes`), in
-    any order of images; it may hold more images. A URL is fetched into DATA_DIR/proposals first.
-    Boxes are clipped to their image, and those that repeat an earlier one after rounding or are
-    at most 2 pixels wide or high are left out; limit > 0 keeps the first ones.
+    A file is a pickled dict of per-image lists `boxes`, `scores` and `ids` (or `indexes`), in any
+    order of images; it may hold more images, and several may hold them together. A URL
+    is fetched into DATA_DIR/proposals first. Boxes are clipped to their image, and those that
+    repeat an earlier one after rounding or are at most 2 pixels wide or high are left out;
+    limit > 0 keeps the first ones.
     Raises UserError naming the file if it is missing, damaged, or lacks an image.
     """
-    path = _local(str(path))
-    data = read_proposal_file(path)
+    paths = [_local(str(file)) for file in ((files,) if isinstance(files, str | Path) else files)]
+    path = " and ".join(map(str, paths))
+    parts = [read_proposal_file(part) for part in paths]
+    data = {key: [value for part in parts for value in part[key]] for key in ("boxes", "ids")}
     positions = {image_id: i for i, image_id in enumerate(data["ids"])}
     missing = [entry["id"] for entry in roidb if entry["id"] not in positions]
     if missing:
@@ -126,7 +137,7 @@ def _local(name: str) -> Path:
     return path
 
 
-def _boxes_of_image(values: Any, image_id: int | str, path: Path) -> np.ndarray:
+def _boxes_of_image(values: Any, image_id: int | str, path: str) -> np.ndarray:
     try:
         boxes = np.asarray(values, dtype=np.float32)
     except (TypeError, ValueError):

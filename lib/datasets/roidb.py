@@ -15,20 +15,21 @@ from core.config import cfg
 from core.errors import UserError
 from datasets.entry import RoidbEntry
 from datasets.json_dataset import JsonDataset
-from datasets.proposals import add_proposals, load_proposals
+from datasets.proposals import ProposalFiles, add_proposals, load_proposals
 from datasets.roidb_cache import cached_gt_roidb
 
 logger = logging.getLogger(__name__)
 
 
 def combined_roidb_for_training(
-    dataset_names: str | Sequence[str], proposal_files: str | Sequence[str | None] = ()
+    dataset_names: str | Sequence[str], proposal_files: str | Sequence[ProposalFiles | None] = ()
 ) -> tuple[list[RoidbEntry], np.ndarray, np.ndarray]:
     """Load and join the roidbs of one or more training sets.
 
     Each set contributes its images and then (TRAIN.USE_FLIPPED) their mirrored copies; images
     without anything to train on are dropped, which is logged with reasons.
-    proposal_files: precomputed proposals, one file (or None) per data set, or none at all.
+    proposal_files: precomputed proposals, one file (or None) per data set, or none at all; the
+    images of a single data set may be shared out among several files.
 
     Returns (roidb, ratio_list, ratio_index): the last two as `rank_for_training` says.
     Raises UserError for missing or wrong files and if no image is left.
@@ -37,6 +38,8 @@ def combined_roidb_for_training(
     files = (proposal_files,) if isinstance(proposal_files, str) else tuple(proposal_files)
     if not names:
         raise UserError("there is no training data set; give one with --dataset or TRAIN.DATASETS")
+    if len(names) == 1 and len(files) > 1:
+        files = (files,)
     if files and len(files) != len(names):
         raise UserError(
             f"TRAIN.PROPOSAL_FILES has {len(files)} files for {len(names)} data sets; give one each"
@@ -54,7 +57,7 @@ def combined_roidb_for_training(
     return roidb, ratio_list, ratio_index
 
 
-def _dataset_roidb(name: str, proposal_file: str | None) -> list[RoidbEntry]:
+def _dataset_roidb(name: str, proposal_file: ProposalFiles | None) -> list[RoidbEntry]:
     dataset = JsonDataset(name)
     roidb = cached_gt_roidb(dataset)
     _check_num_classes(name, roidb)

@@ -157,6 +157,25 @@ def test_the_limit_keeps_the_first(tiny_dataset, tmp_path):
     assert len(load_proposals(path, roidb)[0]) == 6
 
 
+def test_several_files_may_share_the_images_of_a_set(cfg, tiny_dataset, tmp_path):
+    cfg.TRAIN.DATASETS, cfg.TRAIN.PROPOSAL_FILES = ("tiny",), ("a.pkl", "b.pkl")
+    assert proposal_files("TRAIN") == (("a.pkl", "b.pkl"),)
+    boxes = np.array([[1, 1, 20, 20]])
+    for name, ids in (("a", (3, 1)), ("b", (4, 2))):
+        (tmp_path / name).mkdir()
+        files = [boxes + i for i in ids]
+        proposal_file(tmp_path / name, files, ids)
+    paths = tuple(str(tmp_path / name / "proposals.pkl") for name in "ab")
+    roidb = JsonDataset("tiny").get_roidb()
+    found = load_proposals(paths, roidb)
+    assert [b[0, 0] for b in found] == [1 + entry["id"] for entry in roidb]
+    with pytest.raises(UserError, match=r"a.proposals.pkl lacks"):
+        load_proposals(paths[0], roidb)
+    cfg.TRAIN.USE_FLIPPED = False
+    roidb, _, _ = combined_roidb_for_training(("tiny",), paths)
+    assert all((entry["gt_classes"] == 0).sum() == 1 for entry in roidb)
+
+
 def test_a_url_is_fetched_once(cfg, tmp_path, monkeypatch):
     site = tmp_path / "site"
     (site / "set").mkdir(parents=True)
