@@ -16,11 +16,18 @@ from core.config import cfg, reset_cfg
 from core.distributed import gather_objects, rank, world_size
 from core.errors import UserError
 from core.processes import run_in_processes
-from core.test_pipeline import FileResult, detect_files
+from core.rpn_generator import (
+    PROPOSALS_FILE,
+    ProposalResults,
+    evaluate_proposal_file,
+    generate_proposals,
+)
+from core.test_pipeline import FileResult, Stages, detect_files
 from core.test_results import (
     DETECTIONS_FILE,
     DatasetResults,
     PartFile,
+    check_range,
     join_parts,
     load_detections,
     split_range,
@@ -68,7 +75,7 @@ def run_inference(args: argparse.Namespace, ind_range: tuple[int, int] | None = 
     shares = world_size() if getattr(args, "sharded", False) else 1
     for name, folder in _folders(args.output_dir):
         if ind_range is not None:
-            test_net(model, name, folder, ind_range, **_options(args))
+            _test(model, name, folder, ind_range, **_options(args))
         elif shares > 1:
             _test_share(model, name, folder, rank(), shares, args)
             gather_objects(None)  # every part file is written
@@ -130,23 +137,40 @@ def _test_share(
     """Test the part of a data set that falls to one of several processes; write a part file."""
     ranges = split_range(len(JsonDataset(name).image_ids), shares)
     if number < len(ranges):
-        test_net(model, name, folder, ranges[number], **_options(args))
+        _test(model, name, folder, ranges[number], **_options(args))
 
 
 def _join_and_score(name: str, folder: Path, shares: int) -> Results:
     dataset = JsonDataset(name)
-    found = join_parts(folder, split_range(len(dataset.image_ids), shares))
+    ranges = split_range(len(dataset.image_ids), shares)
+    if cfg.MODEL.RPN_ONLY:
+        _save(join_parts(folder, ranges, ProposalResults), folder / PROPOSALS_FILE)
+        return evaluate_proposal_file(dataset, folder / PROPOSALS_FILE, folder)
+    found = join_parts(folder, ranges)
     _save(found, folder / DETECTIONS_FILE)
-    return _score(dataset, found, folder)
+    return score(dataset, found, folder)
 
 
-def _score(dataset: JsonDataset, found: DatasetResults, folder: Path) -> Results:
+def _test(
+    model: nn.Module,
+    dataset: JsonDataset | str,
+    folder: Path,
+    ind_range: tuple[int, int] | None = None,
+    **options: Any,
+) -> DatasetResults | ProposalResults:
+    """test_net, or the same for the proposals of a model that is an RPN alone."""
+    run = generate_proposals if cfg.MODEL.RPN_ONLY else test_net
+    return run(model, dataset, folder, ind_range, **options)
+
+
+def score(dataset: JsonDataset, found: DatasetResults, folder: Path) -> Results:
+    """Evaluate detections: data set -> task -> metric -> value. Result files go to the folder."""
     return task_evaluation.evaluate_all(
         dataset, found.all_boxes, found.all_segms, found.all_keyps, str(folder)
     )
 
 
-def _save(found: DatasetResults, path: Path) -> None:
+def _save(found: DatasetResults | ProposalResults, path: Path) -> None:
     found.save(path)
     logger.info("wrote %s", path.resolve())
 
@@ -160,27 +184,33 @@ def test_net_on_dataset(
     vis: bool = False,
     amp: str = "off",
 ) -> Results:
-    """Detect in every image of a data set, write `detections.pkl`, and evaluate.
+    """Detect in every image of a data set, write `detections.pkl` (with MODEL.RPN_ONLY
+    `rpn_proposals.pkl`), and evaluate.
 
     Returns:
         data set -> task -> metric -> value.
     """
     dataset = JsonDataset(dataset_name)
-    found = test_net(model, dataset, output_dir, batch_size=batch_size, vis=vis, amp=amp)
-    return _score(dataset, found, Path(output_dir))
+    folder = Path(output_dir)
+    found = _test(model, dataset, folder, batch_size=batch_size, vis=vis, amp=amp)
+    if cfg.MODEL.RPN_ONLY:
+        return evaluate_proposal_file(dataset, folder / PROPOSALS_FILE, folder)
+    return score(dataset, found, folder)
 
 
 def score_detections(file: str | Path, output_dir: str | Path) -> Results:
-    """Evaluate a detections file, of this project or of Detectron, on the one data set of
-    cfg.TEST.DATASETS. Nothing in the file is run.
+    """Evaluate a detections file (with MODEL.RPN_ONLY a proposal file), of this project or of
+    Detectron, on the one data set of cfg.TEST.DATASETS. Nothing in the file is run.
 
     Raises:
         UserError: the file is none, or is of other classes or images than the data set.
     """
     if len(cfg.TEST.DATASETS) != 1:
         raise UserError(f"{file} is of one data set, but --dataset names {cfg.TEST.DATASETS}")
-    found, _ = load_detections(file)
     dataset = JsonDataset(cfg.TEST.DATASETS[0])
+    if cfg.MODEL.RPN_ONLY:
+        return evaluate_proposal_file(dataset, Path(file), make_folder(output_dir))
+    found, _ = load_detections(file)
     shape = len(found.all_boxes), found.num_images
     if shape != (dataset.num_classes, len(dataset.image_ids)):
         raise UserError(
@@ -188,7 +218,7 @@ def score_detections(file: str | Path, output_dir: str | Path) -> Results:
             f"{dataset.name} has {dataset.num_classes} and {len(dataset.image_ids)}: name the data "
             "set that was tested with --dataset"
         )
-    return _score(dataset, found, make_folder(output_dir))
+    return score(dataset, found, make_folder(output_dir))
 
 
 def test_net(
@@ -200,6 +230,7 @@ def test_net(
     batch_size: int = 1,
     vis: bool = False,
     amp: str = "off",
+    stages: Stages | None = None,
 ) -> DatasetResults:
     """Detect in the images of a data set (or of a range of it) and write the detections file.
 
@@ -213,6 +244,7 @@ def test_net(
             `detection_range_{START}_{END}.pkl`.
         vis: also write a PDF of each image's detections that score VIS_TH into `output_dir/vis`.
         amp: `off`, `bf16` or `fp16`: precision of the network.
+        stages: is told how long the thread that feeds the device waits for what.
 
     Raises:
         UserError: an image cannot be read, or the range is not one of this data set.
@@ -221,11 +253,7 @@ def test_net(
     given = proposal_file_for_testing(dataset.name)
     roidb = dataset.get_roidb(proposal_file=given)
     start, end = ind_range or (0, len(roidb))
-    if not 0 <= start < end <= len(roidb):
-        raise UserError(
-            f"--range {start} {end} is not part of {dataset.name}: it has {len(roidb)} images, "
-            f"so START may be 0 to {len(roidb) - 1} and END at most {len(roidb)}."
-        )
+    check_range(dataset, start, end)
     folder = make_folder(output_dir)
     part = PartFile(folder, start, end, test_fingerprint(model, roidb, amp=amp, vis=vis))
     names = picture_names([entry["image"] for entry in roidb], "pdf")[start:end]
@@ -245,6 +273,7 @@ def test_net(
                 amp=amp,
                 left_right=_left_right(dataset),
                 proposals=None if given is None else [entry["boxes"] for entry in todo],
+                stages=stages,
             ):
                 if found.error is not None:
                     raise found.error

@@ -57,7 +57,7 @@ class FileResult:
     error: UserError | None = None
 
 
-class _Decoded(NamedTuple):
+class DecodedBatch(NamedTuple):
     """The images of a batch, back to back; what cannot be read has a sentence instead."""
 
     indices: list[int]
@@ -89,7 +89,7 @@ class _ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> _Decoded:
+    def __getitem__(self, number: int) -> DecodedBatch:
         images, indices, errors = [], [], []
         for index in self.batches[number]:
             size = None if self.sizes is None else self.sizes[index]
@@ -99,7 +99,7 @@ class _ImageFiles(Dataset):
             except UserError as error:
                 errors.append((index, str(error)))
         packed = pack_images(images) if images else (torch.empty(0, dtype=torch.uint8), [])
-        return _Decoded(indices, *packed, errors)
+        return DecodedBatch(indices, *packed, errors)
 
 
 def detect_files(
@@ -133,13 +133,7 @@ def detect_files(
     """
     device = next(model.parameters()).device
     stages = stages or Stages()
-    loader = DataLoader(
-        _ImageFiles(paths, sizes, plan_batches(len(paths), sizes, batch_size)),
-        batch_size=None,
-        num_workers=min(num_workers, os.cpu_count() or 1),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_quiet_worker,
-    )
+    loader = decoded_batches(paths, sizes, batch_size, num_workers, device)
     waiting: deque[tuple[int, np.ndarray, Future]] = deque()
     with ThreadPoolExecutor(FINISHING_THREADS, "finish") as threads:
         for batch in stages.waits("decode", loader):
@@ -147,7 +141,7 @@ def detect_files(
                 yield FileResult(index, None, None, None, error=UserError(message))
             if batch.indices:
                 images = batch.images()
-                with stages.timed("detect"), _precision(device, amp):
+                with stages.timed("detect"), precision(device, amp):
                     detections = detect_batch(
                         model,
                         images,
@@ -167,6 +161,23 @@ def detect_files(
             with stages.timed("finish"):
                 result = _result(*waiting.popleft())
             yield result
+
+
+def decoded_batches(
+    paths: Sequence[str | Path],
+    sizes: Sequence[tuple[int, int]] | None,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+) -> Iterable[DecodedBatch]:
+    """Files decoded ahead of their use, in batches for a device; arguments as of detect_files."""
+    return DataLoader(
+        _ImageFiles(paths, sizes, plan_batches(len(paths), sizes, batch_size)),
+        batch_size=None,
+        num_workers=min(num_workers, os.cpu_count() or 1),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_quiet_worker,
+    )
 
 
 class Stages:
@@ -195,7 +206,8 @@ class Stages:
             yield item
 
 
-def _precision(device: torch.device, amp: str) -> AbstractContextManager:
+def precision(device: torch.device, amp: str) -> AbstractContextManager:
+    """In this context a network computes as `off`, `bf16` or `fp16` says."""
     dtype = AMP_DTYPES[amp]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
