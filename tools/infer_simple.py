@@ -21,7 +21,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cfg", dest="cfg_file", required=True, help="config (YAML)")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--load_ckpt", help="checkpoint (.pth)")
-    weights.add_argument("--load_detectron", help="Detectron weights (.pkl)")
+    weights.add_argument("--load_detectron", help="Detectron weights: .pkl or zoo://CONFIG_STEM")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--image_dir", help="folder of images")
     source.add_argument(

@@ -29,6 +29,7 @@ from core.train_engine import AMP_DTYPES
 from datasets.dataset_catalog import resolve_dataset
 from utils.device import pick_devices
 from utils.logging import setup_logging
+from utils.model_zoo import ZOO_PREFIX
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -43,7 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--load_ckpt", help="checkpoint (.pth) to test")
-    source.add_argument("--load_detectron", help="Detectron weights (.pkl) to test")
+    source.add_argument("--load_detectron", help="Detectron weights: .pkl or zoo://CONFIG_STEM")
     source.add_argument(
         "--eval_only", metavar="FILE", help="score this detections.pkl, also one of Detectron's"
     )
@@ -110,8 +111,12 @@ def main(argv: list[str] | None = None) -> int:
         score_detections(args.eval_only, args.output_dir or Path(args.eval_only).absolute().parent)
         return 0
     if args.output_dir is None:
-        weights = Path(args.load_ckpt or args.load_detectron).absolute()
-        args.output_dir = weights.parent.parent / "test"
+        weights = args.load_ckpt or args.load_detectron
+        args.output_dir = (
+            Path(cfg.OUTPUT_DIR) / weights.removeprefix(ZOO_PREFIX) / "test"
+            if weights.startswith(ZOO_PREFIX)
+            else Path(weights).absolute().parent.parent / "test"
+        )
     launch = ranks.launch_from_environment()
     args.sharded = launch.world_size > 1
     devices = ranks.device_of(launch, pick_devices(args.device))

@@ -152,7 +152,7 @@ def _translate_train_weights(weights: str, out: dict[str, Any]) -> list[str]:
     if not weights:
         return []
     name = PurePosixPath(weights).name
-    if name not in IMAGENET_FILES:
+    if name not in IMAGENET_FILES and "/ImageNetPretrained/" not in weights:
         return [
             f"TRAIN.WEIGHTS is ignored: to start from a trained model give --load_detectron "
             f"{_zoo_name(weights)}"

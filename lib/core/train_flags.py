@@ -33,7 +33,9 @@ def training_parser(description: str, disp_interval: int) -> argparse.ArgumentPa
     add("--auto_resume", action="store_true", help="go on from the output folder's last checkpoint")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--load_ckpt", metavar="FILE", help="start from a .pth checkpoint")
-    weights.add_argument("--load_detectron", metavar="FILE", help="start from a Detectron .pkl")
+    weights.add_argument(
+        "--load_detectron", metavar="FILE", help="or a Detectron .pkl, or zoo://STEM"
+    )
     add("--amp", choices=list(AMP_DTYPES), default="off", help="mixed precision")
     add("--eval_period", type=int, default=0, help="steps between evaluations; 0: none")
     add("--no_save", action="store_true", help="write nothing")

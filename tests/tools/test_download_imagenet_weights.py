@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import download_imagenet_weights as script
+from core.detectron_config import IMAGENET_FILES
 from core.errors import UserError
 
 
@@ -22,6 +23,10 @@ def test_files_that_are_there_are_not_fetched_again(tmp_path, monkeypatch):
     assert run(monkeypatch, "--output_dir", tmp_path) == 0
     assert fetched == [name for name in script.URLS if name != "R-50.pkl"]
     assert len(script.URLS) == 11
+
+
+def test_every_file_that_configs_of_detectron_start_from_can_be_fetched():
+    assert set(IMAGENET_FILES) == {name for name in script.URLS if name.endswith(".pkl")}
 
 
 def test_a_failure_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
