@@ -215,8 +215,6 @@ def _pack_masks(samples: Sequence[Sample], slots: int) -> dict[str, Tensor]:
             if isinstance(segm, list):
                 polygons.extend(segm)
                 object_offsets[place + 1] = len(segm)
-                if segm:
-                    extents[place] = segm_utils.polys_to_boxes([segm])[0]
                 continue
             mask = segm_utils.rle_to_mask(segm) if segm_utils.is_rle(segm) else segm
             extent = segm_utils.mask_to_bbox(mask)
@@ -224,14 +222,20 @@ def _pack_masks(samples: Sequence[Sample], slots: int) -> dict[str, Tensor]:
                 extents[place] = extent
                 bitmask_index[place] = len(bitmasks)
                 bitmasks.append(mask)
-    has_mask = (object_offsets[1:] > 0) | (bitmask_index >= 0)
-    coords = np.concatenate([np.zeros(0), *polygons]).astype(np.float32).reshape(-1, 2)
-    points = np.array([0] + [len(polygon) // 2 for polygon in polygons], dtype=np.int64)
+    has_polygons = object_offsets[1:] > 0
+    has_mask = has_polygons | (bitmask_index >= 0)
+    coords = np.concatenate([np.zeros(0), *polygons]).reshape(-1, 2)
+    points = np.array([0] + [len(polygon) // 2 for polygon in polygons], dtype=np.int64).cumsum()
+    object_offsets = object_offsets.cumsum()
+    if polygons:  # the extents of all objects at once: where their points begin
+        begins = points[object_offsets[:-1][has_polygons]]
+        extents[has_polygons, :2] = np.minimum.reduceat(coords, begins)
+        extents[has_polygons, 2:] = np.maximum.reduceat(coords, begins)
     shape = (len(samples), slots)
     return {
-        "gt_poly_coords": torch.from_numpy(coords),
-        "gt_poly_offsets": torch.from_numpy(points.cumsum()),
-        "gt_object_offsets": torch.from_numpy(object_offsets.cumsum()),
+        "gt_poly_coords": torch.from_numpy(coords.astype(np.float32)),
+        "gt_poly_offsets": torch.from_numpy(points),
+        "gt_object_offsets": torch.from_numpy(object_offsets),
         "gt_poly_boxes": torch.from_numpy(extents).reshape(*shape, 4),
         "gt_has_mask": torch.from_numpy(has_mask).reshape(shape),
         "gt_bitmasks": _stack_bitmasks(bitmasks),
