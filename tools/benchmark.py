@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import _init_paths  # noqa: F401  (puts lib/ on the path)
+from core import benchmark_data, benchmark_memory
 from core.benchmark import REPEATS, WARM_UP, copy_bandwidth, describe, format_rows
 from core.benchmark_ops import FULL, SMALL, ops_rows
 from core.errors import UserError, exit_on_user_error
 from utils.device import pick_devices
+from utils.progress import Progress
 from utils.weights import atomic_write
 
 
@@ -21,33 +24,93 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     ops = commands.add_parser("ops", help="the compiled operators beside torchvision's")
     ops.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is any")
-    ops.add_argument("--output", type=Path, help="also write the results here (JSON)")
+    ops.set_defaults(run=run_ops)
+
+    data = commands.add_parser("data", help="JPEG files to training batches beside torchvision's")
+    data.add_argument("--dataset", required=True, help="a name, a YAML file or ANN.json:IMAGES")
+    data.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4 ... 16, as CPUs")
+    data.add_argument("--images", type=int, default=1000, help="the data set repeated to as many")
+    data.add_argument("--bs", type=int, default=16, help="images of a batch")
+    data.set_defaults(run=run_data)
+
+    memory = commands.add_parser("memory", help="what the loader's processes hold of annotations")
+    memory.add_argument("--images", type=int, default=118_000)
+    memory.add_argument("--objects", type=int, default=7, help="of an image")
+    memory.add_argument("--processes", type=int, default=8)
+    memory.add_argument("--epochs", type=int, default=2)
+    memory.set_defaults(run=run_memory)
+    for command in (ops, data, memory):
+        command.add_argument("--output", type=Path, help="also write the results here (JSON)")
     return parser.parse_args(argv)
+
+
+def run_ops(args: argparse.Namespace) -> dict[str, Any]:
+    device = pick_devices(args.device)[0]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    facts = print_facts(device)
+    bandwidth = copy_bandwidth(device)
+    print(f"memory bandwidth (copy, read + written): {bandwidth / 1e12:.3f} TB/s")
+    print(f"median ms of {REPEATS[0]} to {REPEATS[1]} calls after {WARM_UP} to warm up")
+    rows = list(ops_rows(device, FULL if device.type == "cuda" else SMALL))
+    print(format_rows(rows, bandwidth))
+    return {
+        "environment": facts,
+        "warm_up": WARM_UP,
+        "copy_bandwidth_bytes_per_s": bandwidth,
+        "rows": [row.as_dict(bandwidth) for row in rows],
+    }
+
+
+def run_data(args: argparse.Namespace) -> dict[str, Any]:
+    require_positive(args, "images", "bs")
+    processes = tuple(args.processes or benchmark_data.default_processes())
+    if min(processes) < 1:
+        raise UserError(f"--processes must be at least 1, not {min(processes)}")
+    settings = benchmark_data.DataSettings(processes, args.images, args.bs)
+    facts = print_facts(pick_devices(None)[0])
+    roidb = benchmark_data.configure(args.dataset, settings)
+    print(f"median ms of an image (collate, pin: of a batch), {len(roidb)} images in turn")
+    rows = list(benchmark_data.stage_rows(roidb, settings))
+    print(format_rows(rows, 1.0))
+    with Progress(len(processes), "measurements") as progress:
+        rates = []
+        for number in processes:
+            rates.append(benchmark_data.rate(roidb, settings, number))
+            progress.advance()
+    print(benchmark_data.format_rates(rates))
+    return {"environment": facts, **benchmark_data.report(rows, rates, settings)}
+
+
+def run_memory(args: argparse.Namespace) -> dict[str, Any]:
+    require_positive(args, "images", "objects", "processes", "epochs")
+    settings = benchmark_memory.MemorySettings(
+        args.images, args.objects, args.processes, args.epochs
+    )
+    report = benchmark_memory.measure_memory(settings, print)
+    print("\n".join(benchmark_memory.report_lines(report)))
+    return {"environment": describe(torch.device("cpu")), **report}
+
+
+def require_positive(args: argparse.Namespace, *flags: str) -> None:
+    for flag in flags:
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+
+
+def print_facts(device: torch.device) -> dict[str, Any]:
+    facts = describe(device)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    return facts
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = pick_devices(args.device)[0]
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if args.output and not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: there is no folder {args.output.parent}")
-    facts = describe(device)
-    print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    bandwidth = copy_bandwidth(device)
-    print(f"memory bandwidth (copy, read + written): {bandwidth / 1e12:.3f} TB/s")
-    print(f"median ms of {REPEATS[0]} to {REPEATS[1]} calls after {WARM_UP} to warm up")
-
-    rows = list(ops_rows(device, FULL if device.type == "cuda" else SMALL))
-    print(format_rows(rows, bandwidth))
+    report = args.run(args)
     if args.output:
-        report = {
-            "environment": facts,
-            "warm_up": WARM_UP,
-            "copy_bandwidth_bytes_per_s": bandwidth,
-            "rows": [row.as_dict(bandwidth) for row in rows],
-        }
         with atomic_write(args.output) as file:
             file.write(json.dumps(report, indent=2).encode())
 
