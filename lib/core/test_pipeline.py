@@ -137,6 +137,8 @@ def detect_files(
     waiting: deque[tuple[int, np.ndarray, Future]] = deque()
     with ThreadPoolExecutor(FINISHING_THREADS, "finish") as threads:
         for batch in stages.waits("decode", loader):
+            while batch.errors and waiting:  # an error may be the end: nothing done is lost
+                yield _result(*waiting.popleft())
             for index, message in batch.errors:
                 yield FileResult(index, None, None, None, error=UserError(message))
             if batch.indices:
