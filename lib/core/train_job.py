@@ -29,6 +29,7 @@ from core.train_flags import check_flags
 from core.train_pictures import draw_batch
 from core.train_schedule import Schedule
 from datasets.dataset_catalog import ResolvedDataset, resolve_dataset
+from datasets.proposals import proposal_files
 from datasets.roidb import combined_roidb_for_training
 from modeling.compilation import compile_parts
 from modeling.model_builder import Generalized_RCNN
@@ -96,7 +97,7 @@ def _train(
     _load_weights(args, model, start)
     with ranks.rank_zero_first():
         roidb, ratio_list, ratio_index = combined_roidb_for_training(
-            cfg.TRAIN.DATASETS, cfg.TRAIN.PROPOSAL_FILES
+            cfg.TRAIN.DATASETS, proposal_files("TRAIN")
         )
     train_size, batch_size = len(roidb), cfg.NUM_GPUS * cfg.TRAIN.IMS_PER_BATCH
     loader = build_train_loader(

@@ -29,12 +29,14 @@ class CatalogEntry:
 
     images: the folders to try in order, each with the prefix that file names have in it; relative
     paths start at cfg.DATA_DIR. annotations: the files to try in order, COCO-format JSON or the
-    split of a folder of VOC's layout (ImageSets/Main/SPLIT.txt).
+    split of a folder of VOC's layout (ImageSets/Main/SPLIT.txt). proposals: file or URL of
+    proposals that come with the data.
     """
 
     name: str
     images: tuple[tuple[Path, str], ...]
     annotations: tuple[Path, ...]
+    proposals: str | None = None
 
     def annotation_file(self) -> Path:
         """The first annotation file that exists. Raises UserError if there is none."""
@@ -170,11 +172,18 @@ def get_entry(name: str) -> CatalogEntry:
     return entry
 
 
-def register(name: str, annotations: Path, images: Path) -> None:
+def own_proposals(name: str) -> str | None:
+    """The proposal file that a user's data set names itself; None if it names none."""
+    entry = _USER_DATA.get(name)
+    return entry.proposals if entry else None
+
+
+def register(name: str, annotations: Path, images: Path, proposals: str | None = None) -> None:
     """Make a user's data set known under a name. Raises UserError if a built-in one has it."""
     if name in _BUILT_IN:
         raise UserError(f"data set name {name!r} is taken by the catalog; rename your file")
-    _USER_DATA[name] = CatalogEntry(name, ((images.resolve(), ""),), (annotations.resolve(),))
+    folders, files = ((images.resolve(), ""),), (annotations.resolve(),)
+    _USER_DATA[name] = CatalogEntry(name, folders, files, proposals)
 
 
 def resolve_dataset(spec: str) -> ResolvedDataset:
@@ -182,7 +191,7 @@ def resolve_dataset(spec: str) -> ResolvedDataset:
 
     spec: `coco2017` or `keypoints_coco2017` (train and val), any catalog name (this split, for
     both), a YAML file (`train: {annotations: FILE, images: DIR}` or `train: {voc: DIR, set: NAME}`
-    and/or `val: ...`, relative to the YAML file), `ANNOTATIONS.json:IMAGE_DIR` (for both), a folder
+    and/or `val: ...`, relative to the YAML file, each perhaps with `proposals: FILE`), `ANNOTATIONS.json:IMAGE_DIR` (for both), a folder
     of VOC's layout (trained on trainval and tested on test, or else train and val) or `DIR:SET`
     (that split for both). Classes of COCO are known without its files; those of other data come
     from the annotations.
@@ -249,8 +258,8 @@ def _resolve_voc(folder: Path, split: str) -> ResolvedDataset:
     return ResolvedDataset((names[0],), (names[1],), dataset_classes(names[0]))
 
 
-def _register_voc(name: str, folder: Path, split: str) -> str:
-    register(name, voc_xml.split_file(folder, split), folder / "JPEGImages")
+def _register_voc(name: str, folder: Path, split: str, proposals: str | None = None) -> str:
+    register(name, voc_xml.split_file(folder, split), folder / "JPEGImages", proposals)
     return name
 
 
@@ -258,11 +267,14 @@ def _resolve_yaml(path: Path) -> ResolvedDataset:
     names = {}
     for split, files in _read_yaml(path).items():
         names[split] = f"{path.stem}_{split}"
+        proposals = files.get("proposals")
+        if proposals and not proposals.startswith(("http://", "https://")):
+            proposals = str(path.parent / proposals)
         if "voc" in files:
-            _register_voc(names[split], path.parent / files["voc"], files["set"])
+            _register_voc(names[split], path.parent / files["voc"], files["set"], proposals)
         else:
             images = path.parent / files["images"]
-            register(names[split], path.parent / files["annotations"], images)
+            register(names[split], path.parent / files["annotations"], images, proposals)
     classes = {split: dataset_classes(name) for split, name in names.items()}
     if len(set(classes.values())) > 1:
         raise UserError(f"{path}: the categories of train and val differ; make them the same list")
@@ -285,7 +297,7 @@ def _read_yaml(path: Path) -> dict[str, dict[str, str]]:
     if not isinstance(data, dict) or not data or not set(data) <= {"train", "val"}:
         raise UserError(f"data set file {path} must have the form {form}")
     for split, files in data.items():
-        if not isinstance(files, dict) or set(files) not in keys:
+        if not isinstance(files, dict) or set(files) - {"proposals"} not in keys:
             raise UserError(f"data set file {path}: {split!r} must have the form {form}")
         for key, value in files.items():
             if not isinstance(value, str):

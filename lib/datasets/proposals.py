@@ -14,6 +14,7 @@ from pycocotools import mask as mask_util
 import utils.boxes as box_utils
 from core.config import cfg
 from core.errors import UserError
+from datasets.dataset_catalog import own_proposals
 from datasets.entry import RoidbEntry, set_overlaps
 from utils.download import download
 from utils.weights import unpickle_data
@@ -28,7 +29,7 @@ _MIN_SIZE = 2  # proposals must be wider and higher than this, in image pixels
 
 def proposal_files(split: str) -> tuple[ProposalFiles | None, ...]:
     """The proposal file of each data set of cfg.TRAIN or cfg.TEST (`split`); None for each if the
-    model makes its own proposals.
+    model makes its own proposals. Users' data that name theirs themselves need no PROPOSAL_FILES.
 
     Several files are for one data set what each of them is for a part of its images: Detectron's
     are of coco_2014_train and coco_2014_valminusminival, which together are coco_2017_train.
@@ -38,6 +39,9 @@ def proposal_files(split: str) -> tuple[ProposalFiles | None, ...]:
     names, files = cfg[split].DATASETS, cfg[split].PROPOSAL_FILES
     if not cfg.TEST.PRECOMPUTED_PROPOSALS:
         return (None,) * len(names)
+    own = tuple(own_proposals(name) for name in names)
+    if names and all(own):
+        return own
     if len(names) == 1 and len(files) > 1:
         return (tuple(files),)
     if len(files) != len(names):

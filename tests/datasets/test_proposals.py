@@ -8,13 +8,16 @@ import threading
 
 import numpy as np
 import pytest
+import yaml
 
 from core.config import assert_and_infer_cfg
 from core.errors import UserError
+from datasets.dataset_catalog import resolve_dataset
 from datasets.json_dataset import JsonDataset
 from datasets.proposals import (
     add_proposals,
     load_proposals,
+    proposal_file_for_testing,
     proposal_files,
     read_proposal_file,
 )
@@ -212,6 +215,20 @@ def test_there_must_be_a_file_for_each_data_set(cfg):
         proposal_files("TRAIN")
     cfg.TRAIN.PROPOSAL_FILES = ("a.pkl", "b.pkl")
     assert proposal_files("TRAIN") == ("a.pkl", "b.pkl")
+
+
+def test_users_data_may_name_their_proposals(cfg, tiny_files, tmp_path):
+    split = {"annotations": str(tiny_files.annotations), "images": str(tiny_files.images)}
+    file = tmp_path / "tiny.yaml"
+    proposals = {"train": "proposals.pkl", "val": "https://example.org/val.pkl"}
+    data = {key: {**split, "proposals": value} for key, value in proposals.items()}
+    file.write_text(yaml.safe_dump(data))
+    dataset = resolve_dataset(str(file))
+    cfg.TRAIN.DATASETS, cfg.TEST.DATASETS = dataset.train_names, dataset.test_names
+    assert proposal_files("TRAIN") == (str(tmp_path / "proposals.pkl"),)
+    assert proposal_files("TEST") == ("https://example.org/val.pkl",)
+    assert proposal_file_for_testing("tiny_val") == "https://example.org/val.pkl"
+    assert proposal_file_for_testing("another") is None
 
 
 def test_a_model_with_an_rpn_reads_no_file(cfg):
