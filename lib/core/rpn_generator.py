@@ -10,6 +10,7 @@ import logging
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -152,7 +153,8 @@ def generate_proposals(
     start, end = ind_range or (0, len(roidb))
     check_range(dataset, start, end)
     folder = make_folder(output_dir)
-    part = PartFile(folder, start, end, test_fingerprint(model, roidb, amp=amp), ProposalResults)
+    fingerprint = partial(test_fingerprint, model, roidb, amp=amp)
+    part = PartFile(folder, start, end, fingerprint, ProposalResults)
     todo = [(i, roidb[start + i]) for i in part.remaining]
     if len(todo) < end - start:
         logger.info("%d of %d images have been done before", end - start - len(todo), end - start)

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,8 @@ def test_net(
     start, end = ind_range or (0, len(roidb))
     check_range(dataset, start, end)
     folder = make_folder(output_dir)
-    part = PartFile(folder, start, end, test_fingerprint(model, roidb, amp=amp, vis=vis))
+    fingerprint = partial(test_fingerprint, model, roidb, amp=amp, vis=vis)
+    part = PartFile(folder, start, end, fingerprint)
     names = picture_names([entry["image"] for entry in roidb], "pdf")[start:end]
     roidb = roidb[start:end]
     remaining = part.remaining

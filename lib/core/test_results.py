@@ -12,8 +12,9 @@ import logging
 import pickle
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +39,7 @@ SECONDS_BETWEEN_PARTS = 60.0
 # What a detection does not depend on.
 _NEUTRAL_KEYS = ("OUTPUT_DIR", "DATA_DIR", "DATA_LOADER", "NUM_GPUS")
 _FOLDER_KEYS = ("ROOT_DIR", "DATA_DIR", "OUTPUT_DIR")
+_NO_BOXES = np.zeros((0, 5), dtype=np.float32)
 _KINDS = ("all_boxes", "all_segms", "all_keyps")
 
 
@@ -81,7 +83,8 @@ class DatasetResults:
     ) -> None:
         """Put in what was detected in one image; class 0, the background, stays []."""
         for j in range(1, len(cls_boxes)):
-            self.all_boxes[j][image] = cls_boxes[j]
+            # Most classes are in few images: one empty array for all keeps the file small.
+            self.all_boxes[j][image] = cls_boxes[j] if len(cls_boxes[j]) else _NO_BOXES
             if cls_segms is not None:
                 self.all_segms[j][image] = cls_segms[j]
             if cls_keyps is not None:
@@ -164,12 +167,18 @@ class PartFile:
 
     What earlier tests of the same model, config and images have left in the folder, in whatever
     ranges, is taken over. kind: DatasetResults, or core.rpn_generator.ProposalResults.
+    fingerprint: makes it; called only when a part file is read or written.
     """
 
     def __init__(
-        self, folder: Path, start: int, end: int, fingerprint: str, kind: type = DatasetResults
+        self,
+        folder: Path,
+        start: int,
+        end: int,
+        fingerprint: Callable[[], str],
+        kind: type = DatasetResults,
     ) -> None:
-        self.start, self.fingerprint = start, fingerprint
+        self.start, self._make_fingerprint = start, fingerprint
         self.path = part_path(folder, start, end, kind)
         self.results = kind.blank(end - start)
         self.done = np.zeros(end - start, dtype=bool)
@@ -178,6 +187,11 @@ class PartFile:
         for path, first, last in part_files(folder, kind):
             if max(first, start) < min(last, end):
                 self._take_over(path, first)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of this test; it takes a moment to make."""
+        return self._make_fingerprint()
 
     @property
     def remaining(self) -> list[int]:
@@ -234,9 +248,16 @@ def join_parts(folder: Path, ranges: Sequence[tuple[int, int]], kind: type = Dat
     for (part, _), (start, end) in zip(parts, ranges, strict=True):
         joined.copy_images(part, [(i, i - start) for i in range(start, end)])
     for path, _, _ in part_files(folder, kind):
-        if path in files or kind.load(path)[1].get("fingerprint") in fingerprints:
+        if path in files or _fingerprint_of(path, kind) in fingerprints:
             path.unlink()
     return joined
+
+
+def _fingerprint_of(path: Path, kind: type) -> str | None:
+    try:
+        return kind.load(path)[1].get("fingerprint")
+    except UserError:  # a damaged file
+        return None
 
 
 def check_range(dataset: JsonDataset, start: int, end: int) -> None:
