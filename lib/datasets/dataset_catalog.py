@@ -191,27 +191,39 @@ def resolve_dataset(spec: str) -> ResolvedDataset:
 
     spec: `coco2017` or `keypoints_coco2017` (train and val), any catalog name (this split, for
     both), a YAML file (`train: {annotations: FILE, images: DIR}` or `train: {voc: DIR, set: NAME}`
-    and/or `val: ...`, relative to the YAML file, each perhaps with `proposals: FILE`), `ANNOTATIONS.json:IMAGE_DIR` (for both), a folder
-    of VOC's layout (trained on trainval and tested on test, or else train and val) or `DIR:SET`
+    and/or `val: ...`, relative to the YAML file, each perhaps with `proposals: FILE`),
+    `ANNOTATIONS.json:IMAGE_DIR` (for both), a folder of VOC's layout (trained on trainval and
+    tested on test, or else train and val) or `DIR:SET`
     (that split for both). Classes of COCO are known without its files; those of other data come
     from the annotations.
     Raises UserError naming what is unknown, missing or wrong.
     """
+    train_names, test_names = find_splits(spec)
+    classes = {name: dataset_classes(name) for name in (*train_names, *test_names)}
+    if len(set(classes.values())) > 1:
+        raise UserError(f"{spec}: the categories of train and val differ; make them the same list")
+    return ResolvedDataset(train_names, test_names, next(iter(classes.values())))
+
+
+def find_splits(spec: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of what to train and to test on, as for `resolve_dataset`, registering users' own data
+    without reading any annotations."""
     if spec in _PAIRS:
         train, test = _PAIRS[spec]
-        return ResolvedDataset((train,), (test,), dataset_classes(train))
+        return (train,), (test,)
     if spec.endswith((".yaml", ".yml")):
-        return _resolve_yaml(Path(spec))
+        return _register_yaml(Path(spec))
     if ".json:" in spec:
         annotations, _, images = spec.partition(".json:")
         path = Path(annotations + ".json")
         register(path.stem, path, Path(images))
-        return ResolvedDataset((path.stem,), (path.stem,), dataset_classes(path.stem))
+        return (path.stem,), (path.stem,)
     if (voc := _voc_parts(spec)) is not None:
-        return _resolve_voc(*voc)
+        return _register_voc_splits(*voc)
     if spec.endswith(".json"):
         raise UserError(f"--dataset {spec} lacks the image directory: write {spec}:IMAGE_DIR")
-    return ResolvedDataset((spec,), (spec,), dataset_classes(spec))
+    get_entry(spec)
+    return (spec,), (spec,)
 
 
 def resolve_class_names(spec: str) -> tuple[str, ...]:
@@ -250,12 +262,12 @@ def _voc_parts(spec: str) -> tuple[Path, str] | None:
     return Path(folder), split
 
 
-def _resolve_voc(folder: Path, split: str) -> ResolvedDataset:
+def _register_voc_splits(folder: Path, split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     there = voc_xml.split_names(folder)
     pairs = [(split, split)] if split else [("trainval", "test"), ("train", "val")]
     train, test = next((p for p in pairs if set(p) <= set(there)), pairs[-1])
     names = tuple(_register_voc(f"{folder.resolve().name}_{s}", folder, s) for s in (train, test))
-    return ResolvedDataset((names[0],), (names[1],), dataset_classes(names[0]))
+    return (names[0],), (names[1],)
 
 
 def _register_voc(name: str, folder: Path, split: str, proposals: str | None = None) -> str:
@@ -263,7 +275,7 @@ def _register_voc(name: str, folder: Path, split: str, proposals: str | None = N
     return name
 
 
-def _resolve_yaml(path: Path) -> ResolvedDataset:
+def _register_yaml(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     names = {}
     for split, files in _read_yaml(path).items():
         names[split] = f"{path.stem}_{split}"
@@ -275,13 +287,8 @@ def _resolve_yaml(path: Path) -> ResolvedDataset:
         else:
             images = path.parent / files["images"]
             register(names[split], path.parent / files["annotations"], images, proposals)
-    classes = {split: dataset_classes(name) for split, name in names.items()}
-    if len(set(classes.values())) > 1:
-        raise UserError(f"{path}: the categories of train and val differ; make them the same list")
     train, val = names.get("train"), names.get("val")
-    return ResolvedDataset(
-        (train,) if train else (), (val,) if val else (), next(iter(classes.values()))
-    )
+    return (train,) if train else (), (val,) if val else ()
 
 
 def _read_yaml(path: Path) -> dict[str, dict[str, str]]:
