@@ -23,10 +23,14 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NEW_KEYS = {
     *(f"TRAIN.AUGMENT.{key}" for key in DEFAULTS.TRAIN.AUGMENT),
     "DATA_LOADER.ON_BAD_IMAGE",
+    "DETERMINISTIC",
+    "MODEL.COMPILE",
     "RESNETS.IMAGENET_PRETRAINED_PIXELS",
     "RESNETS.STEM_OUT_CHANNELS",
     "RESNETS.RES2_OUT_CHANNELS",
+    "TRAIN.KEEP_CHECKPOINTS",
     "TRAIN.KEEP_IMAGES_WITHOUT_OBJECTS",
+    "TRAIN.MAX_BAD_STEPS",
     "SOLVER.SCALE_MOMENTUM_TWICE",
     "TEST.CLASS_SPECIFIC_AR",
     "EXPECTED_RESULTS_SIGMA_TOL",
@@ -320,6 +324,34 @@ class TestChecks:
                 ["MRCNN.ROI_MASK_HEAD", "mask_rcnn_heads.mask_rcnn_fcn_head_v0upshare"],
                 "shares its res5 with the box head",
             ),
+            (["MODEL.TYPE", "rcnn"], "MODEL.TYPE is rcnn but must be one of"),
+            (["MODEL.CONV_BODY", "VGG16.VGG16_conv5_body"], "needs a backbone with a pyramid"),
+            (
+                ["MODEL.CONV_BODY", "FPN.fpn_ResNet50_conv5_P2only_body"],
+                "needs a backbone with a pyramid",
+            ),
+            (
+                ["FPN.FPN_ON", False, "FPN.MULTILEVEL_ROIS", False, "FPN.MULTILEVEL_RPN", False],
+                "FPN.fpn_ResNet50_conv5_body is a pyramid: set FPN.FPN_ON True",
+            ),
+            (["MRCNN.UPSAMPLE_RATIO", 3], "MRCNN.UPSAMPLE_RATIO is 3 but must be 1, or an even"),
+            (["MRCNN.UPSAMPLE_RATIO", 6], "that divides MRCNN.RESOLUTION"),
+            (
+                [
+                    *("MODEL.KEYPOINTS_ON", True, "KRCNN.UP_SCALE", 3),
+                    *("KRCNN.ROI_KEYPOINTS_HEAD", "keypoint_rcnn_heads.roi_pose_head_v1convX"),
+                ],
+                "KRCNN.UP_SCALE is 3 but must be even",
+            ),
+            (
+                [
+                    *("MRCNN.ROI_MASK_HEAD", "mask_rcnn_heads.mask_rcnn_fcn_head_v0upshare"),
+                    *("FAST_RCNN.ROI_BOX_HEAD", "ResNet.ResNet_roi_conv5_head"),
+                    *("MODEL.TYPE", "rfcn"),
+                ],
+                "but MODEL.TYPE rfcn has none",
+            ),
+            (["RESNETS.IMAGENET_PRETRAINED_PIXELS", "rgb"], "must be one of auto, bgr255, rgb1"),
         ],
     )
     def test_combination_that_cannot_work(self, cfg, options, message):
