@@ -8,6 +8,16 @@ import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs/demo/e2e_mask_rcnn_R-50-FPN_gn_demo.yaml"
+# The demo's Mask R-CNN at its smallest.
+SMALL = [
+    *("TRAIN.SCALES", "(64,)", "TRAIN.MAX_SIZE", 96, "TEST.SCALE", 64, "TEST.MAX_SIZE", 96),
+    *("FPN.DIM", 8, "MRCNN.DIM_REDUCED", 8, "FAST_RCNN.MLP_HEAD_DIM", 16),
+    *("GROUP_NORM.NUM_GROUPS", 4, "RESNETS.STEM_OUT_CHANNELS", 8),
+    *("RESNETS.RES2_OUT_CHANNELS", 16, "RESNETS.WIDTH_PER_GROUP", 4),
+]
 
 
 def fork_context() -> ForkServerContext:
@@ -60,3 +70,16 @@ def exit_codes(processes: list[ForkServerProcess], seconds: float = 120) -> list
     for process in processes:
         process.join(seconds)
     return [process.exitcode for process in processes]
+
+
+def train_demo(folder: Path, output: str, flags: tuple = (), options: tuple = ()) -> None:
+    """What `python tools/train_net_step.py` does with the data set demo.yaml in `folder`."""
+    import torch
+
+    import train_net_step
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    arguments = ["--dataset", "demo.yaml", "--cfg", CONFIG, "--output_dir", output, "--nw", 0]
+    arguments += ["--no_lr_scaling", *flags, "--set", *SMALL, "DATA_DIR", folder, *options]
+    raise SystemExit(train_net_step.main([str(a) for a in arguments]))

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import statistics
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,11 +20,10 @@ from core.distributed import Launch, device_of, first_host, launch_from_environm
 from core.errors import UserError
 from core.train_engine import TrainSettings, place_model, train
 from datasets.demo_shapes import make_demo_data
-from forked import exit_codes, start_ranks
+from forked import exit_codes, start_ranks, train_demo
 from roi_data.loader import BatchSampler, MinibatchSampler
 from utils.training_stats import NonFiniteLossError, TrainingStats
 
-ROOT = Path(__file__).resolve().parents[2]
 SOLVER = SimpleNamespace(
     TYPE="SGD",
     BASE_LR=0.05,
@@ -180,23 +178,13 @@ def test_a_failing_rank_ends_all_and_a_signal_to_one_stops_all(tmp_path):
     )
 
 
-def run_script(folder, output, steps):
-    import train_net_step
-
-    os.chdir(folder)
-    config = ROOT / "configs/demo/e2e_mask_rcnn_R-50-FPN_gn_demo.yaml"
-    flags = ["--dataset", "demo.yaml", "--cfg", config, "--no_cuda", "--nw", 0, "--bs", 2,
-             "--no_lr_scaling", "--auto_resume", "--eval_period", 1, "--output_dir", output,
-             "--set", "SOLVER.MAX_ITER", steps, "DATA_DIR", folder,
-             "TRAIN.SCALES", "(64,)", "TRAIN.MAX_SIZE", 96, "TEST.SCALE", 64, "TEST.MAX_SIZE", 96,
-             "FPN.DIM", 8, "GROUP_NORM.NUM_GROUPS", 4]  # fmt: skip
-    raise SystemExit(train_net_step.main([str(f) for f in flags]))
-
-
 def test_the_script_trains_evaluates_and_resumes_with_two_processes(tmp_path):
     make_demo_data(tmp_path, num_train=4, num_val=2)
+    flags = ("--no_cuda", "--bs", 2, "--auto_resume", "--eval_period", 1)
     for output, steps in (("whole", 2), ("resumed", 1), ("resumed", 2)):
-        assert exit_codes(start_ranks(2, run_script, tmp_path, output, steps)) == [0, 0]
+        options = ("SOLVER.MAX_ITER", steps)
+        ended = exit_codes(start_ranks(2, train_demo, tmp_path, output, flags, options))
+        assert ended == [0, 0]
     whole, resumed = (
         torch.load(tmp_path / name / "ckpt/model_step1.pth", weights_only=True)
         for name in ("whole", "resumed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import time
@@ -12,31 +11,14 @@ from pathlib import Path
 import torch
 
 from datasets.demo_shapes import make_demo_data
-from forked import fork_context
+from forked import fork_context, train_demo
 
-CONFIG = "configs/demo/e2e_mask_rcnn_R-50-FPN_gn_demo.yaml"
 STEPS, KILLS = 20, 20
-# The demo's Mask R-CNN at its smallest.
-SMALL = [
-    *("TRAIN.SCALES", "(64,)", "TRAIN.MAX_SIZE", 96, "TRAIN.IMS_PER_BATCH", 1),
-    *("FPN.DIM", 8, "MRCNN.DIM_REDUCED", 8, "FAST_RCNN.MLP_HEAD_DIM", 16),
-    *("GROUP_NORM.NUM_GROUPS", 4, "RESNETS.STEM_OUT_CHANNELS", 8),
-    *("RESNETS.RES2_OUT_CHANNELS", 16, "RESNETS.WIDTH_PER_GROUP", 4),
+FLAGS = ("--no_cuda", "--auto_resume", "--bs", 1, "--disp_interval", 100)
+OPTIONS = (
     *("SOLVER.MAX_ITER", STEPS, "SOLVER.TYPE", "SGD", "SOLVER.LR_POLICY", "cosine"),
     *("SOLVER.WARM_UP_ITERS", 5, "TRAIN.SNAPSHOT_ITERS", 1, "TRAIN.KEEP_CHECKPOINTS", 3),
-]
-
-
-def train(root: str, home: str, folder: str) -> None:
-    """What `python tools/train_net_step.py --auto_resume ...` does, in this process."""
-    import train_net_step
-
-    torch.set_num_threads(1)
-    os.chdir(home)
-    flags = ["--dataset", "demo.yaml", "--cfg", f"{root}/{CONFIG}", "--no_cuda", "--nw", 0,
-             "--output_dir", folder, "--auto_resume", "--disp_interval", 100,
-             "--set", *SMALL, "DATA_DIR", home]  # fmt: skip
-    raise SystemExit(train_net_step.main([*map(str, flags)]))
+)
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
@@ -44,12 +26,11 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def test_twenty_kills_change_no_bit_of_the_final_weights(tmp_path):
-    root = Path(__file__).resolve().parents[2]
     make_demo_data(tmp_path, num_train=4, num_val=1)
     context = fork_context()
 
     def start(name):
-        process = context.Process(target=train, args=(str(root), str(tmp_path), name))
+        process = context.Process(target=train_demo, args=(tmp_path, name, FLAGS, OPTIONS))
         process.start()
         return process
 
