@@ -10,13 +10,16 @@ from typing import Any
 import torch
 
 import _init_paths  # noqa: F401  (puts lib/ on the path)
-from core import benchmark_data, benchmark_memory
+from core import benchmark_data, benchmark_memory, benchmark_test
 from core.benchmark import REPEATS, WARM_UP, copy_bandwidth, describe, format_rows
 from core.benchmark_ops import FULL, SMALL, ops_rows
 from core.errors import UserError, exit_on_user_error
+from core.train_engine import AMP_DTYPES
 from utils.device import pick_devices
 from utils.progress import Progress
 from utils.weights import atomic_write
+
+MASK_RCNN = Path(__file__).resolve().parents[1] / "configs/baselines/e2e_mask_rcnn_R-50-FPN_1x.yaml"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -39,7 +42,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     memory.add_argument("--processes", type=int, default=8)
     memory.add_argument("--epochs", type=int, default=2)
     memory.set_defaults(run=run_memory)
-    for command in (ops, data, memory):
+
+    test = commands.add_parser("test", help="a whole test, JPEG files to AP, and its parts")
+    test.add_argument("--dataset", required=True, help="a name, a YAML file or ANN.json:IMAGES")
+    test.add_argument("--cfg", default=MASK_RCNN, help="config; default: Mask R-CNN R-50-FPN")
+    test.add_argument("--set", dest="set_cfgs", nargs="+", default=[], metavar="K V")
+    test.add_argument("--images", type=int, default=1000, help="the data set repeated to as many")
+    test.add_argument("--bs", type=int, default=8, help="images of a forward pass")
+    test.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off")
+    test.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is any")
+    test.set_defaults(run=run_test)
+    for command in (ops, data, memory, test):
         command.add_argument("--output", type=Path, help="also write the results here (JSON)")
     return parser.parse_args(argv)
 
@@ -90,6 +103,18 @@ def run_memory(args: argparse.Namespace) -> dict[str, Any]:
     report = benchmark_memory.measure_memory(settings, print)
     print("\n".join(benchmark_memory.report_lines(report)))
     return {"environment": describe(torch.device("cpu")), **report}
+
+
+def run_test(args: argparse.Namespace) -> dict[str, Any]:
+    require_positive(args, "images", "bs")
+    name = benchmark_test.configure(args.dataset, args.cfg, args.set_cfgs)
+    device = pick_devices(args.device)[0]
+    facts = print_facts(device)
+    found = benchmark_test.benchmark_test(
+        name, device, num_images=args.images, batch_size=args.bs, amp=args.amp
+    )
+    print(found.table())
+    return {"environment": facts, **found.as_dict()}
 
 
 def require_positive(args: argparse.Namespace, *flags: str) -> None:
