@@ -250,7 +250,19 @@ def _load_weights(args: argparse.Namespace, model: torch.nn.Module, start: _Star
         net_utils.load_ckpt(model, args.load_ckpt, new_classes=True)
     elif args.load_detectron:
         load_detectron_weight(model, args.load_detectron, new_classes=True)
-    elif cfg.RESNETS.FREEZE_AT > 0 and not cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS:
+    elif not cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS:
+        warn_of_random_frozen_layers()
+
+
+def warn_of_random_frozen_layers() -> None:
+    """Say so if the config freezes layers of a backbone for which no weights are loaded."""
+    if cfg.MODEL.CONV_BODY.startswith("VGG"):
+        logger.warning(
+            "no weights are loaded, yet the first layers of %s are always frozen and stay random: "
+            "name ImageNet weights in RESNETS.IMAGENET_PRETRAINED_WEIGHTS",
+            cfg.MODEL.CONV_BODY,
+        )
+    elif cfg.RESNETS.FREEZE_AT > 0:
         logger.warning(
             "no weights are loaded, yet RESNETS.FREEZE_AT %d keeps the first stages as they "
             "are, random: set it to 0 to train them",
