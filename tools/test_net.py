@@ -1,8 +1,7 @@
 """Test a trained network on a data set: detections, COCO results, average precision.
 
-Exit codes: 0 tested; 2 bad input, said in a sentence; 143 ended by SIGTERM. An interrupted test
-goes on where it was when the same command is given again. Under torchrun the processes share the
-test.
+Exit codes: 0 tested; 1 tested, but not as EXPECTED_RESULTS; 2 bad input, said in a sentence; 143
+ended by SIGTERM. The same command goes on with an interrupted test; torchrun's processes share it.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ from core.config import (
     merge_cfg_from_list,
 )
 from core.errors import UserError, exit_on_user_error
-from core.test_engine import run_inference, score_detections
+from core.test_engine import Results, run_inference, score_detections
 from core.test_results import stored_config
 from core.train_engine import AMP_DTYPES
 from datasets.dataset_catalog import resolve_dataset
+from datasets.task_evaluation import check_expected_results, parse_expectation
 from utils.device import pick_devices
 from utils.logging import setup_logging
 from utils.model_zoo import ZOO_PREFIX
@@ -97,7 +97,17 @@ def configure(args: argparse.Namespace) -> None:
     cfg.TEST.DATASETS = dataset.test_names
     cfg.MODEL.NUM_CLASSES = dataset.num_classes
     cfg.MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS = False
+    for entry in cfg.EXPECTED_RESULTS:
+        parse_expectation(entry)  # a mistake in it is better said before the test than after
     assert_and_infer_cfg()
+
+
+def exit_code(results: Results) -> int:
+    """0, or 1 if results of a whole test differ from those that the config expects."""
+    if not results:
+        return 0
+    tolerances = [cfg[f"EXPECTED_RESULTS_{key}"] for key in ("ATOL", "RTOL", "SIGMA_TOL")]
+    return 1 if check_expected_results(results, cfg.EXPECTED_RESULTS, *tolerances) else 0
 
 
 @exit_on_user_error
@@ -108,8 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(__name__)
     configure(args)
     if args.eval_only:
-        score_detections(args.eval_only, args.output_dir or Path(args.eval_only).absolute().parent)
-        return 0
+        folder = args.output_dir or Path(args.eval_only).absolute().parent
+        return exit_code(score_detections(args.eval_only, folder))
     if args.output_dir is None:
         weights = args.load_ckpt or args.load_detectron
         args.output_dir = (
@@ -126,9 +136,9 @@ def main(argv: list[str] | None = None) -> int:
     if launch.rank > 0:
         logging.getLogger().setLevel(logging.WARNING)
     ranks.join(launch)
-    run_inference(args, ind_range=tuple(args.range) if args.range else None)
+    results = run_inference(args, ind_range=tuple(args.range) if args.range else None)
     ranks.leave()
-    return 0
+    return exit_code(results)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def check_expected_results(
     """
     failures = []
     for entry in expected:
-        dataset, task, metric, wanted = _expectation(entry)
+        dataset, task, metric, wanted = parse_expectation(entry)
         try:
             value = results[dataset][task][metric]
         except KeyError as error:
@@ -125,8 +125,9 @@ def check_expected_results(
     return failures
 
 
-def _expectation(entry: Sequence[Any]) -> tuple[str, str, str, float | tuple[float, float]]:
-    """[data set, task, metric, v], checked; v is a float or (mean, standard deviation)."""
+def parse_expectation(entry: Any) -> tuple[str, str, str, float | tuple[float, float]]:
+    """(data set, task, metric, v) of an entry of EXPECTED_RESULTS, v being a float or (mean,
+    standard deviation). Raises UserError if it has another form."""
 
     def is_number(v: Any) -> bool:
         return isinstance(v, (int, float)) and not isinstance(v, bool)
