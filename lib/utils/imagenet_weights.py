@@ -86,6 +86,11 @@ def _load_blobs(model: nn.Module, wanted: Mapping[str, str], path: Path) -> None
 
 
 def _load_torch_names(model: nn.Module, wanted: Mapping[str, str], path: Path) -> None:
+    if "conv2.weight" in wanted.values():  # VGG_CNN_M_1024's own name
+        raise UserError(
+            f"{path} (RESNETS.IMAGENET_PRETRAINED_WEIGHTS) is no .pkl, but weights of "
+            f"{cfg.MODEL.CONV_BODY} are known only as Caffe's .pkl: name one"
+        )
     source = read_torch_file(path)
     is_vgg = "features.0.weight" in wanted.values()
     kind, first = ("VGG", "features.0") if is_vgg else ("ResNet", "conv1")

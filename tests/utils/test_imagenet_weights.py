@@ -230,6 +230,12 @@ def test_a_deeper_or_normalised_vgg_is_refused(load):
         load(source_weights(), "resnet50_caffe.pth", VGGNet(True))
 
 
+def test_vgg_m_is_known_as_a_pkl_alone(load):
+    net = nn.ModuleDict({"Conv_Body": nn.ModuleDict({"conv2": nn.Conv2d(1, 1, 1)})})
+    with pytest.raises(UserError, match=r"vgg_m.pth .*known only as Caffe's .pkl: name one"):
+        load(vgg_weights(), "vgg_m.pth", net)
+
+
 @pytest.mark.parametrize("with_fc", [True, False])
 def test_caffes_vgg_pkl_loads_by_blob_name_into_imagenets_layers_alone(load, with_fc):
     net = VGGNet(True)
