@@ -242,7 +242,7 @@ def _complete(values: Mapping[str, Any], out: dict[str, Any]) -> list[str]:
         notes.append("without TRAIN.WEIGHTS a training starts from random weights")
     if out.pop("ROOT_DIR", None):
         notes.append("ROOT_DIR is ignored: it is where this project lies")
-    named = [key for key in ("TRAIN.DATASETS", "TEST.DATASETS") if out.get(key)]
+    named = [k for k in ("MODEL.NUM_CLASSES", "TRAIN.DATASETS", "TEST.DATASETS") if out.get(k)]
     if named:
-        notes.append(f"--dataset of the scripts comes before {' and '.join(named)}")
+        notes.append(f"--dataset of the scripts comes before {', '.join(named)}")
     return notes

@@ -298,8 +298,14 @@ def warn_of_another_training(checkpoint: Mapping[str, Any], **values: int) -> No
 
 
 def is_class_predictor(name: str, own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Does this parameter of an output layer differ from the other only in the class count?"""
-    return "_Outs." in name and tuple(own[name].shape)[1:] == tuple(other[name].shape)[1:]
+    """Does this parameter of an output layer differ from the other only in the number of classes,
+    or of keypoints?"""
+    mine, others = tuple(own[name].shape), tuple(other[name].shape)
+    if "Keypoint_Outs." in name and len(mine) == len(others) == 4:
+        # A deconvolution has its outputs second; the fixed upsampling is square in them.
+        square = mine[0] == mine[1] and others[0] == others[1]
+        return mine[2:] == others[2:] and (mine[0] == others[0] or square)
+    return "_Outs." in name and mine[1:] == others[1:]
 
 
 def _shapes(names: Iterable[str], own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

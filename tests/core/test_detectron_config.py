@@ -13,7 +13,8 @@ from test_config import as_json, flat
 from core import config
 from core.config import ConfigError, UnknownKeyError, UnknownOptionError
 from core.detectron_config import IMAGENET_FILES
-from detectron_configs import detectron_yaml, family_config, table_stems
+from datasets.dataset_catalog import get_entry
+from detectron_configs import config_table, detectron_yaml, family_config, table_stems
 
 # What Detectron's files say and this family's leave to --dataset or say otherwise.
 OWN_BUSINESS = {"TRAIN.DATASETS", "TEST.DATASETS", "OUTPUT_DIR", "MODEL.NUM_CLASSES"}
@@ -203,6 +204,21 @@ class TestKeys:
 
 
 BODY = "MODEL: {CONV_BODY: ResNet.add_ResNet50_conv4_body}\n"
+
+
+def test_data_sets_are_known_and_give_way_to_the_command_line(cfg, merge):
+    names = {
+        name
+        for table in config_table().values()
+        for key in ("TRAIN.DATASETS", "TEST.DATASETS")
+        for name in table[key]
+    }
+    assert all(get_entry(name).name == name for name in names)
+    messages = merge(
+        f"{BODY}TRAIN: {{DATASETS: [coco_2014_train]}}\nTEST: {{DATASETS: [coco_2014_minival]}}"
+    )
+    assert cfg.TRAIN.DATASETS == ("coco_2014_train",)
+    assert "--dataset of the scripts comes before TRAIN.DATASETS, TEST.DATASETS" in messages
 
 
 class TestWeights:

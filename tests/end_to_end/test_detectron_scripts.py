@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import pickle
 
@@ -10,10 +11,9 @@ import torch
 
 import export_weights
 import infer_simple
-import test_net
 import train_net_step
 from datasets.demo_shapes import make_demo_data
-from detectron_configs import config_table, detectron_yaml
+from detectron_configs import ROOT, config_table, detectron_yaml
 
 STEM = "scratch_e2e_mask_rcnn_R-50-FPN_3x_gn"
 SMALL = [
@@ -24,6 +24,11 @@ SMALL = [
     *("TRAIN.BATCH_SIZE_PER_IM", 16, "TEST.DETECTIONS_PER_IM", 5, "SOLVER.MAX_ITER", 1),
     *("DATA_LOADER.NUM_THREADS", 0, "TEST.SCORE_THRESH", 0.0),
 ]
+
+# `import test_net` may find the tests of utils.net.
+SPEC = importlib.util.spec_from_file_location("test_net_script", ROOT / "tools/test_net.py")
+test_net = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(test_net)
 
 SOURCES = ("from_pkl", "from_pth")
 

@@ -201,6 +201,27 @@ def test_other_classes_are_an_error_unless_fine_tuning(tmp_path, caplog):
     assert "skipped, made for another number of classes: Box_Outs.cls_score.weight" in caplog.text
 
 
+def test_fine_tuning_onto_other_keypoints_skips_their_layers(tmp_path):
+    class Points(nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.Keypoint_Head = nn.Conv2d(8, 8, 3)
+            self.Keypoint_Outs = nn.ModuleDict(
+                {
+                    "classify": nn.ConvTranspose2d(8, count, 4),
+                    "upsample": nn.ConvTranspose2d(count, count, 4),
+                }
+            )
+
+    source, model = Points(17), Points(5)
+    torch.save({"model": source.state_dict()}, tmp_path / "a.pth")
+    report = net_utils.load_ckpt(model, tmp_path / "a.pth", new_classes=True)
+    assert report.loaded == ["Keypoint_Head.weight", "Keypoint_Head.bias"]
+    assert len(report.skipped) == 4
+    with pytest.raises(UserError, match="another number of classes"):
+        net_utils.load_ckpt(model, tmp_path / "a.pth")
+
+
 def test_the_state_of_another_optimizer_is_refused():
     model = Detector()
     adam = net_utils.build_optimizer(model, solver(TYPE="Adam"))
