@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import test_net as script
 from core.config import merge_cfg_from_cfg
 from core.errors import UserError
 from core.test_engine import score_detections
@@ -18,6 +17,7 @@ from core.test_results import DatasetResults, join_parts, load_detections, split
 from core.test_results import test_fingerprint as fingerprint
 from datasets.dataset_catalog import resolve_dataset
 from datasets.json_dataset import JsonDataset
+from scripts import test_net_script as script
 
 # A config as Detectron stores it.
 DETECTRON_CFG = """\

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import pickle
 
@@ -13,7 +12,8 @@ import export_weights
 import infer_simple
 import train_net_step
 from datasets.demo_shapes import make_demo_data
-from detectron_configs import ROOT, config_table, detectron_yaml
+from detectron_configs import config_table, detectron_yaml
+from scripts import test_net_script
 
 STEM = "scratch_e2e_mask_rcnn_R-50-FPN_3x_gn"
 SMALL = [
@@ -24,11 +24,6 @@ SMALL = [
     *("TRAIN.BATCH_SIZE_PER_IM", 16, "TEST.DETECTIONS_PER_IM", 5, "SOLVER.MAX_ITER", 1),
     *("DATA_LOADER.NUM_THREADS", 0, "TEST.SCORE_THRESH", 0.0),
 ]
-
-# `import test_net` may find the tests of utils.net.
-SPEC = importlib.util.spec_from_file_location("test_net_script", ROOT / "tools/test_net.py")
-test_net = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(test_net)
 
 SOURCES = ("from_pkl", "from_pth")
 
@@ -73,8 +68,11 @@ def test_every_script_takes_it_unmodified(run, tmp_path, caplog):
     assert len(blobs) == len(trained)
 
     weights = ("--load_detectron", "model.pkl")
-    assert run(test_net, *data, *device, *weights, "--output_dir", SOURCES[0]) == 0
-    assert run(test_net, *data, *device, "--load_ckpt", checkpoint, "--output_dir", SOURCES[1]) == 0
+    assert run(test_net_script, *data, *device, *weights, "--output_dir", SOURCES[0]) == 0
+    assert (
+        run(test_net_script, *data, *device, "--load_ckpt", checkpoint, "--output_dir", SOURCES[1])
+        == 0
+    )
     found = [(tmp_path / source / "detections.pkl").read_bytes() for source in SOURCES]
     assert found[0] == found[1]
     assert any(len(boxes) for of_class in pickle.loads(found[0])["all_boxes"] for boxes in of_class)
