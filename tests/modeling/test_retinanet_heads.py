@@ -14,8 +14,7 @@ from core.config import ConfigError
 from golden_weights import golden_cfg
 from modeling.retinanet_heads import retinanet_anchors
 from retinanet_models import OPTION_SETS, by_anchor, narrow_retinanet
-
-RATIOS = {"RETINANET.ASPECT_RATIOS": (1.0, 2.0, 0.5)}
+from utils.detectron_weight_helper import load_blobs
 
 
 def batch():
@@ -67,6 +66,21 @@ def test_parameters_are_detectron_s_blobs(stem, shared, cfg):
     mapping, _ = model.detectron_weight_mapping
     shapes = {mapping[name]: list(p.shape) for name, p in model.state_dict().items()}
     assert shapes == json.loads((shared / f"spec/detectron_blobs/{stem}.json").read_text())
+
+
+def test_other_classes_keep_all_but_the_class_predictor(cfg):
+    """Fine-tuning a Detectron model: towers, boxes and pyramid come from the file."""
+    from core.config import reset_cfg
+
+    source = narrow_retinanet(num_classes=6)
+    mapping, _ = source.detectron_weight_mapping
+    blobs = {mapping[name]: p.numpy() for name, p in source.state_dict().items()}
+    reset_cfg()
+    model = narrow_retinanet(num_classes=4)
+    report = load_blobs(model, blobs, new_classes=True)
+    assert len(report.skipped) == 2
+    assert all("cls_pred" in name for name in report.skipped)
+    assert not (report.missing or report.mismatched)
 
 
 def test_a_shared_tower_has_no_box_tower(cfg):

@@ -140,3 +140,15 @@ def test_half_logits_are_summed_in_float32(dtype):
     loss.backward()
     assert x.grad.dtype == dtype
     np.testing.assert_allclose(x.grad.float(), grad, rtol=2e-2, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_gpu_agrees_with_the_slow_reference(memory_format):
+    logits, labels = case(classes=7)
+    x = torch.from_numpy(logits).cuda().contiguous(memory_format=memory_format).requires_grad_()
+    loss = mynn.sigmoid_focal_loss(x, torch.from_numpy(labels).cuda(), ALPHA, GAMMA)
+    loss.backward()
+    value, grad = slow_sigmoid_loss(logits, labels)
+    assert loss.item() == pytest.approx(value, rel=1e-5)
+    np.testing.assert_allclose(x.grad.cpu(), grad, rtol=1e-4, atol=1e-6)
