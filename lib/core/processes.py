@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ _USER_ERROR = 2  # exit code of a process that has said what is wrong
 def run_in_processes(function: Callable[..., None], count: int, *args: Any) -> None:
     """Call `function(rank, *args)` in `count` new processes and wait for them.
 
-    The first failure ends the others.
+    The first failure ends the others, an interruption all: they get a SystemExit.
 
     Args:
         function: at the top of a module; it and `args` are pickled.
@@ -36,9 +37,13 @@ def run_in_processes(function: Callable[..., None], count: int, *args: Any) -> N
         if complaints.empty():
             raise
         raise UserError(complaints.get()) from None
+    finally:
+        for process in running.processes:
+            process.terminate()  # nothing for one that has ended
 
 
 def _run(rank: int, function: Callable[..., None], complaints: Any, args: tuple) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         function(rank, *args)
     except UserError as error:
