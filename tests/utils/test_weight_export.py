@@ -112,6 +112,28 @@ def test_what_one_model_exports_another_loads(config, options, cfg, tmp_path):
     assert all(np.array_equal(again[blob], stored[blob]) for blob in stored)
 
 
+@pytest.mark.parametrize(
+    ("blob", "channels", "options"),
+    [
+        ("cls_score_b", 4, []),
+        ("conv_cls_b", 4 * 3 * 3, []),
+        ("retnet_cls_pred_fpn3_b", 9 * 3, ["FPN.RPN_MIN_LEVEL", 3]),
+        ("retnet_cls_pred_fpn3_b", 9 * 4, ["FPN.RPN_MIN_LEVEL", 3, "RETINANET.SOFTMAX", True]),
+    ],
+)
+def test_classes_are_counted_in_every_kind_of_model(cfg, tmp_path, blob, channels, options):
+    merge_cfg_from_list(options)
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps({blob: np.zeros(channels, "f4")}, protocol=2))
+    assert count_classes(path) == 4
+
+
+def test_imagenet_weights_tell_no_classes_of_a_detector(cfg, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"fc1000_b": np.zeros(1000)}, protocol=2))
+    with pytest.raises(UserError, match="a.pkl does not tell its number of classes"):
+        count_classes(tmp_path / "a.pkl")
+
+
 def test_an_ending_that_says_no_format(checkpoint, tmp_path, capsys):
     assert run(checkpoint, tmp_path / "a.onnx", "--load_ckpt", checkpoint[0]) == 2
     message = capsys.readouterr().err
