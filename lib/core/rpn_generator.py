@@ -160,24 +160,13 @@ def generate_proposals(
         logger.info("%d of %d images have been done before", end - start - len(todo), end - start)
     files = [entry["image"] for _, entry in todo]
     sizes = [(entry["height"], entry["width"]) for _, entry in todo]
-    try:
+    with part.kept():
         with Progress(len(todo)) as progress:
             for number, found in _propose_files(model, files, sizes, batch_size, amp):
                 image, entry = todo[number]
                 part.add(image, entry["id"], *found)
                 progress.advance()
-    except BaseException:
-        if part.done.any():
-            part.save()
-            logger.info("kept what was done in %s: the same command goes on", part.path)
-        raise
-    if ind_range is not None:
-        part.save()
-        logger.info("wrote %s", part.path.resolve())
-    else:
-        part.results.save(folder / PROPOSALS_FILE)
-        part.remove()
-        logger.info("wrote %s", (folder / PROPOSALS_FILE).resolve())
+        part.finish(folder / PROPOSALS_FILE if ind_range is None else None)
     return part.results
 
 

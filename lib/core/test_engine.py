@@ -264,7 +264,7 @@ def test_net(
     if len(remaining) < len(roidb):
         logger.info("%d of %d images have been tested before", part.done.sum(), len(roidb))
     todo = [roidb[i] for i in remaining]
-    try:
+    with part.kept():
         with Progress(len(todo)) as progress:
             for found in detect_files(
                 model,
@@ -284,17 +284,7 @@ def test_net(
                 if vis:
                     _draw(found, folder / "vis" / names[image], dataset)
                 progress.advance()
-    except BaseException:
-        if part.done.any():
-            part.save()
-            logger.info("kept what was tested in %s: the same command goes on", part.path)
-        raise
-    if ind_range is not None:
-        part.save()
-        logger.info("wrote %s", part.path.resolve())
-    else:
-        _save(part.results, folder / DETECTIONS_FILE)
-        part.remove()
+        part.finish(folder / DETECTIONS_FILE if ind_range is None else None)
     return part.results
 
 

@@ -12,7 +12,8 @@ import logging
 import pickle
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -210,10 +211,27 @@ class PartFile:
         self.results.save(self.path, done=self.done, fingerprint=self.fingerprint)
         self._saved = time.monotonic()
 
-    def remove(self) -> None:
-        """Delete the part file and those it took over: a detections file has what they have."""
-        for path in {self.path, *self._taken}:
-            path.unlink(missing_ok=True)
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """What is done when the block is interrupted is written, for the next test to go on."""
+        try:
+            yield
+        except BaseException:
+            if self.done.any():
+                self.save()
+                logger.info("kept what is done in %s: the same command goes on", self.path)
+            raise
+
+    def finish(self, target: Path | None) -> None:
+        """Everything is done: write the results to `target` and delete the part file and those it
+        took over; None: it is to stay a part."""
+        if target is None:
+            self.save()
+        else:
+            self.results.save(target)
+            for path in {self.path, *self._taken}:
+                path.unlink(missing_ok=True)
+        logger.info("wrote %s", (target or self.path).resolve())
 
     def _take_over(self, path: Path, first: int) -> None:
         try:
