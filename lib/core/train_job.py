@@ -94,8 +94,8 @@ def _train(
     _seed(cfg.RNG_SEED)
     prepare_device(devices[0], cfg.DETERMINISTIC)
     model = Generalized_RCNN()
-    _load_weights(args, model, start)
     with ranks.rank_zero_first():
+        _load_weights(args, model, start)
         roidb, ratio_list, ratio_index = combined_roidb_for_training(
             cfg.TRAIN.DATASETS, proposal_files("TRAIN")
         )

@@ -19,6 +19,7 @@ from core.checkpoints import (
     on_host,
     random_state,
     restore_random_state,
+    resume_position,
 )
 from core.errors import UserError
 
@@ -154,3 +155,29 @@ def test_every_random_number_is_drawn_again(tmp_path):
     expected = draws()
     restore_random_state(torch.load(tmp_path / "state.pth", weights_only=True), [])
     assert draws() == expected
+
+
+def test_another_batch_size_moves_the_place_by_images(caplog):
+    checkpoint = {
+        "step": 99,
+        "batch_size": 16,
+        "iter_size": 1,
+        "sampler": {"batches": 100, "batch_size": 16},
+    }
+    assert resume_position(checkpoint, 16, 1, adapt=True) == (100, 100)
+    assert resume_position(checkpoint, 8, 2, adapt=True) == (100, 200)  # the same effective batch
+    assert caplog.messages == []
+    assert resume_position(checkpoint, 8, 1, adapt=True) == (200, 200)
+    assert resume_position(checkpoint, 32, 1, adapt=True) == (50, 50)
+    assert resume_position(checkpoint, 8, 1, adapt=False) == (100, 200)
+    assert "took 16 x 1 images a step, now it is 8 x 1: after 100 of its steps" in caplog.text
+    # Twice resumed, with other batches before: the place in the data is counted in images.
+    checkpoint["sampler"] = {"batches": 150, "batch_size": 16}
+    assert resume_position(checkpoint, 8, 1, adapt=True) == (200, 300)
+
+
+def test_a_training_of_detectron_pytorch_goes_on():
+    checkpoint = {"step": 1999, "train_size": 236574, "batch_size": 8, "model": {}, "optimizer": {}}
+    assert resume_position(checkpoint, 8, 1, adapt=True) == (2000, 2000)
+    assert resume_position(checkpoint, 8, 2, adapt=True) == (2000, 4000)
+    assert resume_position(checkpoint, 16, 1, adapt=True) == (1000, 1000)
