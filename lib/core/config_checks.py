@@ -22,6 +22,7 @@ CONV_INITS = ("GaussianFill", "MSRAFill")
 MODEL_TYPES = ("", "generalized_rcnn", "retinanet", "rfcn", "ResNet50_rfcn", "ResNet101_rfcn")
 BOX_HEURISTICS = ("ID", "AVG", "UNION")
 MASK_HEURISTICS = ("SOFT_AVG", "SOFT_MAX", "LOGIT_AVG")
+PERSON_KEYPOINTS = 17
 KEYPOINT_HEURISTICS = ("HM_AVG", "HM_MAX")
 
 
@@ -207,6 +208,11 @@ def _model_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
         yield "FAST_RCNN.ROI_BOX_HEAD is empty; name a box head or set MODEL.RPN_ONLY True"
     if model.MASK_ON and not cfg.MRCNN.ROI_MASK_HEAD:
         yield "MODEL.MASK_ON needs a mask head: set MRCNN.ROI_MASK_HEAD"
+    if model.KEYPOINTS_ON and cfg.KRCNN.NMS_OKS and cfg.KRCNN.NUM_KEYPOINTS != PERSON_KEYPOINTS:
+        yield (
+            f"KRCNN.NMS_OKS knows how far apart the {PERSON_KEYPOINTS} keypoints of persons may "
+            f"be, not {cfg.KRCNN.NUM_KEYPOINTS} others: set it to False"
+        )
     if model.KEYPOINTS_ON and not cfg.KRCNN.ROI_KEYPOINTS_HEAD:
         yield "MODEL.KEYPOINTS_ON needs a key point head: set KRCNN.ROI_KEYPOINTS_HEAD"
     box_head = (

@@ -28,6 +28,7 @@ from core.test_augment import augmented_views
 from core.test_forward import View
 from golden_weights import fill_from_recipe, golden_cfg
 from modeling.model_builder import Generalized_RCNN
+from utils.heatmaps import nms_oks
 
 SIZES = ["TEST.SCALE", 256, "TEST.MAX_SIZE", 448]
 CASES = [
@@ -252,3 +253,23 @@ def test_what_augmentation_cannot_do_is_said_at_the_start(options, message, cfg)
     merge_cfg_from_list([f"TEST.{options[0].split('.')[0]}.ENABLED", True])
     with pytest.raises(ConfigError, match=message):
         assert_and_infer_cfg()
+
+
+def test_suppression_by_keypoints_is_for_persons(shared, cfg):
+    golden_cfg("e2e_keypoint_rcnn_R-50-FPN_1x", shared, ["KRCNN.NMS_OKS", True])
+    cfg.KRCNN.NUM_KEYPOINTS = 5
+    with pytest.raises(ConfigError, match="NMS_OKS .* 17 keypoints of persons .* not 5"):
+        assert_and_infer_cfg()
+
+
+def test_suppression_by_keypoints_follows_augmentation(shared, cfg):
+    """KRCNN.NMS_OKS sees the combined points: what is left are people unlike each other."""
+    model, image, _, _ = load("tiny_keypoint_FPN.kps_avg", shared)
+    cfg.TEST.KPS_AUG.SCALES, cfg.TEST.KPS_AUG.ASPECT_RATIOS = (), ()
+    every = im_detect_all(model, image)
+    cfg.KRCNN.NMS_OKS = True
+    cls_boxes, _, cls_keyps = im_detect_all(model, image)
+    keep = nms_oks(np.stack(every[2][1]), every[0][1], 0.3)
+    assert 0 < len(keep) < len(every[0][1])
+    np.testing.assert_allclose(cls_boxes[1], every[0][1][keep], atol=1e-4)
+    assert len(cls_keyps[1]) == len(keep)
