@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from core.config import cfg
+from roi_data.fast_rcnn import roi_pool_of
 
 
 class KeypointTargets(NamedTuple):
@@ -61,6 +66,45 @@ def keypoint_targets(
     )
     bins, weights = keypoints_to_bins(points, boxes, heatmap_size)
     return KeypointTargets(boxes, valid, bins, weights * valid.unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class KeypointQuota:
+    """How many visible keypoints a mini-batch on file proposals must have in its RoIs.
+
+    Source: Detectron redraws such mini-batches (KRCNN.MIN_KEYPOINT_COUNT_FOR_VALID_MINIBATCH), but
+    not end-to-end, where the proposals are not known in the loader.
+    """
+
+    more_than: int
+    fg_thresh: float
+    max_rois: int  # foreground RoIs of an image
+
+    @classmethod
+    def from_cfg(cls) -> KeypointQuota | None:
+        """That of the config; None for models that need none."""
+        if cfg.MODEL.FASTER_RCNN or not cfg.MODEL.KEYPOINTS_ON:
+            return None
+        max_rois = round(cfg.TRAIN.FG_FRACTION * cfg.TRAIN.BATCH_SIZE_PER_IM)
+        least = cfg.KRCNN.MIN_KEYPOINT_COUNT_FOR_VALID_MINIBATCH
+        return cls(least, cfg.TRAIN.FG_THRESH, max_rois)
+
+    def met_by(self, batch: Mapping[str, Any]) -> bool:
+        """Whether keypoint_targets() will find more than that in a mini-batch, whatever it draws.
+
+        Where an image has more RoIs than are drawn, those with the fewest points count.
+        """
+        gt = [batch[key] for key in ("gt_boxes", "gt_classes", "gt_crowd")]
+        none = gt[0][:, :0], gt[2][:, :0]
+        given = batch.get("proposals", none[0]), batch.get("proposals_valid", none[1])
+        pool = roi_pool_of(*given, *gt)
+        points = batch["gt_keypoints"]
+        index = pool.gt_index[..., None, None].expand(-1, -1, *points.shape[2:])
+        count = visible_inside(points.gather(1, index), pool.boxes).sum(dim=2)
+        count = torch.where(pool.max_overlap >= self.fg_thresh, count, 0)
+        fewest = torch.where(count > 0, count, torch.iinfo(count.dtype).max).sort(dim=1).values
+        fewest = fewest[:, : self.max_rois]
+        return int(fewest[fewest < torch.iinfo(count.dtype).max].sum()) > self.more_than
 
 
 def visible_inside(points: Tensor, boxes: Tensor) -> Tensor:

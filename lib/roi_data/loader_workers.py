@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Item = tuple[int, float, int]
 
+_MOST_REDRAWS = 100  # of a mini-batch with too few keypoints
+
 # Annotations are shared with the loader processes because a forked process shares all memory until
 # it writes to it. Other ways to start one would send each a copy.
 START_METHOD = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
@@ -75,7 +77,30 @@ class BatchReader(torch_data.Dataset):
         return {key: [part[key] for part in parts] for key in parts[0]}, notes
 
     def _part(self, items: Sequence[Item], notes: list[str]) -> dict[str, Any]:
-        """One GPU's images."""
+        """One GPU's images: these, or others if they have too few keypoints to learn from."""
+        quota = self._options.keypoint_quota
+        if quota is None:
+            return self._read(items, notes)
+        rng = np.random.RandomState([seed for _, _, seed in items])
+        for _ in range(_MOST_REDRAWS):
+            part = self._read(items, notes)
+            if quota.met_by(part):
+                return part
+            indices, seeds = (
+                rng.randint(len(self), size=len(items)),
+                rng.randint(2**31, size=len(items)),
+            )
+            drawn = zip(
+                indices.tolist(), (ratio for _, ratio, _ in items), seeds.tolist(), strict=True
+            )
+            items = list(drawn)
+        raise UserError(
+            f"{_MOST_REDRAWS} mini-batches in a row have no more than {quota.more_than} visible "
+            "keypoints in their proposals: use better proposals, or lower "
+            "KRCNN.MIN_KEYPOINT_COUNT_FOR_VALID_MINIBATCH"
+        )
+
+    def _read(self, items: Sequence[Item], notes: list[str]) -> dict[str, Any]:
         worker = torch_data.get_worker_info()
         sizes = [self.images.image_size(index) for index, _, _ in items]
         ends = np.cumsum([height * width * 3 for height, width in sizes]).tolist()

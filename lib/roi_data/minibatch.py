@@ -26,6 +26,7 @@ from roi_data.augment import (
     random_crop,
 )
 from roi_data.crop import View, choose_window
+from roi_data.keypoint_rcnn import KeypointQuota
 from utils.image import read_image
 from utils.packed_roidb import RoidbEntry
 
@@ -43,6 +44,7 @@ class MinibatchOptions:
     masks: bool
     keypoints: bool
     augment: AugmentOptions = AugmentOptions()
+    keypoint_quota: KeypointQuota | None = None  # what a mini-batch must have, or is redrawn
 
     @classmethod
     def from_cfg(cls) -> MinibatchOptions:
@@ -54,6 +56,7 @@ class MinibatchOptions:
             masks=cfg.MODEL.MASK_ON,
             keypoints=cfg.MODEL.KEYPOINTS_ON,
             augment=AugmentOptions.from_cfg(),
+            keypoint_quota=KeypointQuota.from_cfg(),
         )
 
 

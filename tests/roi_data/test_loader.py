@@ -304,3 +304,36 @@ def test_images_are_decoded_into_the_batch(tiny_training):
     copied = collate_minibatch([data[item] for item in items])
     assert notes == []
     assert_same_batches([batch], [copied])
+
+
+# Mini-batches with too few keypoints
+
+
+def people_loader(cfg, more_than: int):
+    cfg.MODEL.KEYPOINTS_ON = True  # and no RPN: proposals would come from files
+    cfg.MODEL.NUM_CLASSES = 2
+    cfg.TRAIN.IMS_PER_BATCH = 1
+    cfg.KRCNN.MIN_KEYPOINT_COUNT_FOR_VALID_MINIBATCH = more_than
+    ranked = combined_roidb_for_training("keypoints_coco_2017_train")
+    return build_train_loader(*ranked, batch_size=2, num_workers=0)
+
+
+def visible_points(part) -> int:
+    return int((part[..., 2] > 0).sum())
+
+
+def test_minibatches_with_too_few_keypoints_are_redrawn(cfg, golden_data_dir):
+    batches = [list(people_loader(cfg, more_than)) for more_than in (0, 20, 20)]
+    # without proposals the RoIs are the people themselves
+    counts = [[visible_points(p) for b in run for p in b["gt_keypoints"]] for run in batches]
+    ids = [[i for b in run for p in b["image_ids"] for i in p] for run in batches]
+    assert min(counts[0]) <= 20 < min(counts[1])
+    assert len(counts[0]) == len(counts[1])
+    assert ids[1] == ids[2]  # what is drawn depends on the seed alone
+    kept = [i for i, count in enumerate(counts[0]) if count > 40]
+    assert kept and all(ids[0][i] == ids[1][i] for i in kept)
+
+
+def test_without_enough_keypoints_anywhere_it_is_said(cfg, golden_data_dir):
+    with pytest.raises(UserError, match="100 mini-batches in a row have no more than 9999 visible"):
+        next(iter(people_loader(cfg, 9999)))
