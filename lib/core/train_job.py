@@ -129,6 +129,8 @@ def _train(
         if args.auto_resume and first_step >= schedule.max_iter:
             logger.info("%s is the end of the training: nothing is left to do", start.source)
             return 0
+        for taken in ("model", "optimizer"):  # days are too long to hold them twice
+            del start.checkpoint[taken]
     loader.batch_sampler.seek(first_batch)
 
     folder = start.folder if rank == 0 else None
