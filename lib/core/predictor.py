@@ -169,9 +169,9 @@ class Predictor:
         if detectron is None:
             detectron = weights.suffix == ".pkl"
         if dataset is not None:
-            self.vocabulary = _configure(cfg_file, options, lambda: vocabulary_of(dataset))
+            self.vocabulary = configure(cfg_file, options, lambda: vocabulary_of(dataset))
         else:
-            self.vocabulary = _configure(
+            self.vocabulary = configure(
                 cfg_file, options, lambda: vocabulary_for(count_classes(weights))
             )
         self.model = initialize_model_from_cfg(
@@ -181,6 +181,25 @@ class Predictor:
                 device=self.device,
             )
         )
+        self._set_up(amp, batch_size)
+
+    @classmethod
+    def of_model(
+        cls,
+        model: torch.nn.Module,
+        vocabulary: Vocabulary,
+        *,
+        device: torch.device,
+        amp: str = "off",
+        batch_size: int = 8,
+    ) -> Predictor:
+        """A Predictor of a model in eval mode on a device, by the config as it stands."""
+        predictor = cls.__new__(cls)
+        predictor.model, predictor.vocabulary, predictor.device = model, vocabulary, device
+        predictor._set_up(amp, batch_size)
+        return predictor
+
+    def _set_up(self, amp: str, batch_size: int) -> None:
         self.batch_size = batch_size
         self._dtype = AMP_DTYPES[amp]
         self._turn = threading.Lock()
@@ -305,7 +324,7 @@ def _as_image(image: np.ndarray | str | Path) -> np.ndarray:
     return image
 
 
-def _configure(
+def configure(
     cfg_file: str | Path, options: Sequence[Any], find_vocabulary: Callable[[], Vocabulary]
 ) -> Vocabulary:
     """Set the global config up; what it was comes back if that fails."""

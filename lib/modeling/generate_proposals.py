@@ -63,7 +63,7 @@ def generate_proposals(
     ]
     # shape[0], not len(): torch.export must not take the number of images for a constant.
     num_images, longest = im_info.shape[0], max(scores.shape[1] for _, scores in per_level)
-    # One NMS problem a level and image, padded to the longest.
+    # One NMS problem a level and image, padded to the same length.
     boxes = torch.stack([_pad(boxes, longest, 0.0) for boxes, _ in per_level], dim=1)
     scores = torch.stack([_pad(scores, longest, -1.0) for _, scores in per_level], dim=1)
     boxes, keep = _clip_and_filter(boxes, im_info, min_size)
@@ -108,8 +108,11 @@ def _top_candidates(
     num_images = logits.shape[0]
     scores = logits.float().permute(0, 2, 3, 1).flatten(1).sigmoid()
     count = scores.shape[1]
-    # sym_min: the number of anchors is no constant either.
-    scores, index = scores.topk(torch.sym_min(top_n, count) if top_n > 0 else count, dim=1)
+    if top_n > 0 and torch.compiler.is_compiling():
+        # As many candidates from every level, however small its map: the rest are empty slots.
+        scores = torch.cat([scores, scores.new_full((num_images, top_n), -1.0)], dim=1)
+    scores, index = scores.topk(min(top_n, scores.shape[1]) if top_n > 0 else count, dim=1)
+    index = index.clamp(max=count - 1)
     per_anchor = deltas.permute(0, 2, 3, 1).reshape(num_images, count, 4)
     chosen = per_anchor.gather(1, index.unsqueeze(-1).expand(-1, -1, 4)).float()
     return box_utils.bbox_transform(anchors[index], chosen, clip=xform_clip), scores
@@ -118,6 +121,8 @@ def _top_candidates(
 def _pad(x: Tensor, length: int, value: float) -> Tensor:
     """x (N, k, ...) padded along k."""
     missing = length - x.shape[1]
+    if missing == 0:
+        return x
     return torch.cat([x, x.new_full((x.shape[0], missing, *x.shape[2:]), value)], dim=1)
 
 
