@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,18 @@ def test_suppression_by_keypoints_follows_augmentation(shared, cfg):
     assert 0 < len(keep) < len(every[0][1])
     np.testing.assert_allclose(cls_boxes[1], every[0][1][keep], atol=1e-4)
     assert len(cls_keyps[1]) == len(keep)
+
+
+@pytest.mark.gpu
+def test_the_gpu_augments_as_the_cpu_does(shared, cfg, monkeypatch):
+    # TF32 would change scores in the fourth digit, and with them what is proposed.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    model, image, golden, _ = load("tiny_mask_FPN.mask_soft_avg", shared)
+    boxes = golden["dets"][:20, 1:5]
+    masks = []
+    for device in ("cpu", "cuda"):
+        on_device = copy.deepcopy(model).to(device)
+        _, _, scale, maps = im_detect_bbox(on_device, image, cfg.TEST.SCALE, cfg.TEST.MAX_SIZE)
+        masks.append(im_detect_mask_aug(on_device, image, boxes, scale, maps))
+    np.testing.assert_allclose(masks[1], masks[0], atol=1e-3)
