@@ -93,6 +93,8 @@ def _train(
     table = _adapt_config(args, num_gpus, start)
     _seed(cfg.RNG_SEED)
     prepare_device(devices[0], cfg.DETERMINISTIC)
+    if args.eval_period:
+        proposal_files("TEST")  # what is missing is better said now than at the first evaluation
     model = Generalized_RCNN()
     with ranks.rank_zero_first():
         _load_weights(args, model, start)

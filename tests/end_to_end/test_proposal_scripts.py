@@ -160,3 +160,10 @@ def test_what_is_wrong_with_proposal_files_is_said(main, home, files, parts):
     assert code == 2
     (sentence,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert all(part in sentence for part in parts)
+
+
+def test_what_an_evaluation_will_lack_is_said_before_the_training(main):
+    flags = ("--cfg", FAST, "--dataset", "plain.yaml", "--nw", 0, "--no_cuda", "--eval_period", 1)
+    options = ("TRAIN.PROPOSAL_FILES", "('rpn/test/rpn_proposals.pkl',)", "TEST.PROPOSAL_FILES", ())
+    code, output = main("train_net_step", *flags, "--set", *SMALL, *options)
+    assert code == 2 and "TEST.PROPOSAL_FILES must name one file" in output
