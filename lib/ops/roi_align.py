@@ -37,9 +37,8 @@ def roi_align(
         (R, C, height, width) in RoI order, with dtype and memory format of the features. A RoI with
         a batch index or level out of range (negative: a padding row) or a coordinate that is not
         finite gives zeros and no gradient. Samples more than a pixel outside the map count as
-        zeros. Inverted RoIs are widened to one feature pixel (`aligned=False`). The gradient on
-        CUDA is accumulated in the features' dtype by atomics, or in a fixed order under
-        `torch.use_deterministic_algorithms(True)`.
+        zeros. Inverted RoIs are widened to one feature pixel (`aligned=False`). The gradient is
+        added up in float (double for double) in a fixed order: it repeats bit for bit.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit.

@@ -269,22 +269,20 @@ def on_cuda(features, rois, levels):
     return [f.cuda() for f in features], rois.cuda(), levels
 
 
-# Atomic adds round a half gradient after each of its about 100 terms.
 TOLERANCES = {
-    torch.float64: {"atol": 1e-10, "rtol": 1e-10},
+    torch.float64: {"atol": 1e-11, "rtol": 1e-11},
     torch.float32: {"atol": 1e-4, "rtol": 1e-4},
-    torch.float16: {"atol": 1e-1, "rtol": 2e-2},
-    torch.bfloat16: {"atol": 6e-1, "rtol": 1e-1},
 }
 
 
 @pytest.mark.gpu
 @layouts
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize("ratio", [0, 2])
-@pytest.mark.parametrize("channels", [8, 13, 64])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_cuda_agrees_with_the_cpu(layout, dtype, ratio, channels, deterministic):
+@pytest.mark.parametrize("channels", [8, 13, 64, 264])
+def test_cuda_agrees_with_the_cpu(layout, dtype, ratio, channels):
     features, scales = pyramid(channels, dtype, layout)
     rois = torch.cat([random_rois(120), ODD_ROIS])
     levels = torch.randint(0, 4, (len(rois),), generator=torch.Generator().manual_seed(1))
@@ -294,12 +292,10 @@ def test_cuda_agrees_with_the_cpu(layout, dtype, ratio, channels, deterministic)
     expected, expected_grads = pool_and_differentiate(features, rois, levels, scales, ratio, weight)
     maps, device_rois, device_levels = on_cuda(features, rois, levels)
     weight = weight.cuda()
-    torch.use_deterministic_algorithms(deterministic)
     torch.cuda.set_sync_debug_mode("error")
     try:
         out, grads = pool_and_differentiate(maps, device_rois, device_levels, scales, ratio, weight)
     finally:
-        torch.use_deterministic_algorithms(False)
         torch.cuda.set_sync_debug_mode("default")
     assert out.is_contiguous(memory_format=LAYOUTS[layout])
     half = dtype in (torch.float16, torch.bfloat16)
@@ -308,22 +304,17 @@ def test_cuda_agrees_with_the_cpu(layout, dtype, ratio, channels, deterministic)
     for grad, wanted in zip(grads, expected_grads, strict=True):
         assert grad.dtype == dtype
         assert grad.is_contiguous(memory_format=LAYOUTS[layout])
-        tolerance = {} if half and deterministic else TOLERANCES[dtype]
-        torch.testing.assert_close(grad.cpu(), wanted, **tolerance)
+        torch.testing.assert_close(grad.cpu(), wanted, **TOLERANCES.get(dtype, {}))
 
 
 @pytest.mark.gpu
 @layouts
-def test_cuda_deterministic_gradient_repeats_bit_for_bit(layout):
+def test_cuda_gradient_repeats_bit_for_bit(layout):
     features, scales = pyramid(32, torch.bfloat16, layout)
     rois, levels = random_rois(3000), torch.randint(0, 4, (3000,))
     maps, rois, levels = on_cuda(features, rois, levels)
     weight = torch.randn(3000, 32, 7, 7).cuda()
-    torch.use_deterministic_algorithms(True)
-    try:
-        runs = [pool_and_differentiate(maps, rois, levels, scales, 2, weight)[1] for _ in range(3)]
-    finally:
-        torch.use_deterministic_algorithms(False)
+    runs = [pool_and_differentiate(maps, rois, levels, scales, 2, weight)[1] for _ in range(3)]
     for grads in runs[1:]:
         for grad, first in zip(grads, runs[0], strict=True):
             assert torch.equal(grad, first)

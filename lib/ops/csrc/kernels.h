@@ -35,8 +35,12 @@ void nms_mark(
     cudaStream_t stream);
 
 void roi_align_forward(const RoiAlign& p, cudaStream_t stream);
-// Adds to maps, which must be zero filled.
-void roi_align_backward(const RoiAlign& p, bool deterministic, cudaStream_t stream);
+// Writes every element of maps; pooled is channels last in any case. The scratch holds
+// roi_align_scratch() elements. Repeats bit for bit.
+void roi_align_backward(const RoiAlign& p, int64_t* scratch, cudaStream_t stream);
+int64_t roi_align_scratch(const RoiAlign& p);
+// Whether the weights of so many cells fit into a block's memory.
+bool roi_align_fits(const RoiAlign& p);
 
 void roi_pool_forward(const RoiPool& p, cudaStream_t stream);
 void roi_pool_backward(const RoiPool& p, bool deterministic, cudaStream_t stream);

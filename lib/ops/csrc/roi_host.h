@@ -73,11 +73,17 @@ inline RoiTensors point_to_features(
   return held;
 }
 
-// For backward: new maps of zeros, to which it adds. `per_pooled`: map channels per pooled channel.
+// How a backward kernel makes the maps of gradients.
+enum class Gradient {
+  kScattered,  // it adds to zeros and reads the pooled gradient in the maps' layout
+  kGathered,   // it writes every element and reads the pooled gradient channels last
+};
+
+// For backward: new maps. `per_pooled`: map channels per pooled channel.
 inline RoiTensors point_to_gradient(
     RoiMaps& p, const char* op, const Tensor& grad, const Tensor& rois,
     const std::optional<Tensor>& levels, Scales scales, Sizes sizes, bool channels_last,
-    at::ScalarType map_dtype, int64_t per_pooled = 1) {
+    at::ScalarType map_dtype, int64_t per_pooled = 1, Gradient way = Gradient::kScattered) {
   check_rois(op, rois, levels, scales.size(), grad);
   TORCH_CHECK_VALUE(
       sizes.size() == 2 + 2 * scales.size() && grad.dim() == 4 && grad.size(0) == rois.size(0) &&
@@ -91,7 +97,8 @@ inline RoiTensors point_to_gradient(
   p.channels = sizes[1];
   p.pooled_h = static_cast<int>(grad.size(2));
   p.pooled_w = static_cast<int>(grad.size(3));
-  held.pooled = grad.contiguous(memory_format(channels_last));
+  const bool scattered = way == Gradient::kScattered;
+  held.pooled = grad.contiguous(memory_format(channels_last || !scattered));
   p.pooled = const_cast<void*>(held.pooled.const_data_ptr());
   for (int l = 0; l < p.levels; ++l) {
     p.heights[l] = static_cast<int>(sizes[2 + 2 * l]);
@@ -99,7 +106,7 @@ inline RoiTensors point_to_gradient(
     held.maps.push_back(at::empty(
         {p.images, p.channels, p.heights[l], p.widths[l]}, grad.options().dtype(map_dtype),
         memory_format(channels_last)));
-    held.maps[l].zero_();
+    if (scattered) held.maps[l].zero_();
     p.maps[l] = held.maps[l].mutable_data_ptr();
   }
   return held;

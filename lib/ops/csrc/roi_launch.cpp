@@ -53,10 +53,17 @@ std::vector<Tensor> roi_align_backward(
     Sizes sizes, int64_t sampling_ratio, bool aligned, bool channels_last) {
   RoiAlign p{};
   RoiTensors held = point_to_gradient(
-      p, "roi_align", grad, rois, levels, scales, sizes, channels_last, grad.scalar_type());
+      p, "roi_align", grad, rois, levels, scales, sizes, channels_last, grad.scalar_type(), 1,
+      Gradient::kGathered);
   p.sampling_ratio = static_cast<int>(sampling_ratio);
   p.aligned = aligned;
-  if (grad.numel() > 0) backward_on(grad.device(), kernels::roi_align_backward)(p);
+  TORCH_CHECK_VALUE(
+      kernels::roi_align_fits(p), "roi_align: the gradient of ", p.pooled_h, " x ", p.pooled_w,
+      " cells is too large for the GPU; use fewer cells");
+  const c10::cuda::CUDAGuard guard(grad.device());
+  Tensor scratch = at::empty({kernels::roi_align_scratch(p)}, grad.options().dtype(at::kLong));
+  kernels::roi_align_backward(p, scratch.mutable_data_ptr<int64_t>(), current_stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return std::move(held.maps);
 }
 
