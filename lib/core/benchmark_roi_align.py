@@ -96,15 +96,14 @@ class _Case:
         """Bytes that a forward pass, and one with its backward pass, cannot but move.
 
         Forward: each feature that some RoI samples is read once, the result written once. Backward:
-        the result's gradient is read once, the features' gradients are zero filled, and each that
-        some RoI samples is read and written.
+        the result's gradient is read once, the features' gradients are written once.
         """
         first = self.features[0][0]
         sampled = sum(map(self._sampled_pixels, self.rois, self.levels)) // ROI_SETS
         pixel = first.shape[1] * first.element_size()
         maps = sum(f.nbytes for f in self.features[0])
         forward = sampled * pixel + self.grad.nbytes + self.rois[0].nbytes
-        return forward, forward + self.grad.nbytes + maps + 2 * sampled * pixel
+        return forward, forward + self.grad.nbytes + maps
 
     def _sampled_pixels(self, rois: Tensor, levels: Tensor) -> int:
         """Feature pixels with a gradient."""
