@@ -4,7 +4,7 @@
   API, so one build serves any Python). With nvcc and a visible GPU, or with FORCE_CUDA=1, it holds
   CPU and CUDA kernels, the latter for the visible GPUs' architectures plus PTX, or for
   TORCH_CUDA_ARCH_LIST.
-- `lib/ops/cython_bbox*.so`: for numpy callers; left out, with a line saying so, where Python's own
+- `lib/ops/cython_*.so`: for numpy callers; left out, with a line saying so, where Python's own
   headers are not installed.
 
 Objects are kept in `build/` and reused while their sources, flags and torch stay the same.
@@ -292,15 +292,15 @@ def build_operators() -> None:
         print(f"Built {target.relative_to(ROOT)} ({kind})")
 
 
-def build_cython_bbox() -> None:
-    source = OPS / "cython_bbox.pyx"
+def build_cython(source: Path) -> None:
+    name = source.stem
     python_headers = Path(sysconfig.get_path("include"))
     if not (python_headers / "Python.h").is_file():
-        print(f"Skipping cython_bbox (numpy callers only): no Python.h in {python_headers}")
+        print(f"Skipping {name} (numpy callers only): no Python.h in {python_headers}")
         return
-    generated = BUILD / "cython_bbox.c"
+    generated = BUILD / f"{name}.c"
     translate = [sys.executable, "-m", "cython", "-3", str(source), "-o", str(generated)]
-    target = OPS / ("cython_bbox" + sysconfig.get_config_var("EXT_SUFFIX"))
+    target = OPS / (name + sysconfig.get_config_var("EXT_SUFFIX"))
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if not shutil.which(compiler[0]):
         compiler = [*shlex.split(find_compiler()), "-x", "c"]
@@ -316,7 +316,8 @@ class BuildInPlace(build_ext):
 
     def run(self) -> None:
         build_operators()
-        build_cython_bbox()
+        for source in sorted(OPS.glob("cython_*.pyx")):
+            build_cython(source)
 
 
 if __name__ == "__main__":
