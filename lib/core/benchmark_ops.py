@@ -13,6 +13,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import ops
 from core.benchmark import Row, measure
+from core.benchmark_pooling import pooling_rows, thinning_rows
 from core.benchmark_roi_align import roi_align_rows
 
 NMS_THRESH = 0.7
@@ -95,6 +96,14 @@ def ops_rows(device: torch.device, sizes: OpSizes) -> Iterator[Row]:
     maps = [(-(-sizes.height // s), -(-sizes.width // s)) for s in (4, 8, 16, 32)]
     shape = (sizes.images, sizes.channels)
     yield from roi_align_rows(device, shape, maps, sizes.pooled, sizes.dtypes, draw_rois)
+    yield from pooling_rows(
+        device,
+        sizes.images,
+        sizes.channels,
+        (sizes.height, sizes.width),
+        draw_rois,
+        sizes.pooled[1][0],
+    )
     yield from nms_rows(device, sizes, rng)
     yield mask_target_row(device, sizes, rng)
     yield image_row(device, sizes, rng)
@@ -148,6 +157,7 @@ def nms_rows(device: torch.device, sizes: OpSizes, rng: np.random.Generator) -> 
         lambda i: ops.batched_nms(best_first(*inputs(i)), valid, NMS_THRESH, count), device
     )
     yield Row("batched_nms + sort", name, ours, {"torchvision": peer})
+    yield from thinning_rows(device, problems, count // 2, draw)
 
 
 def mask_target_row(device: torch.device, sizes: OpSizes, rng: np.random.Generator) -> Row:
