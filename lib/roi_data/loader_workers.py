@@ -164,7 +164,7 @@ class TrainLoader(torch_data.DataLoader):
                     deliveries = super().__iter__()
                 delivery = next(deliveries, None)
             except (RuntimeError, OSError, EOFError) as error:
-                raise self.explained(_last_of(error)) from error
+                raise self.explained(_last_of(error) if self.num_workers else error) from error
             if delivery is None:
                 return
             if isinstance(delivery, _Failure):
@@ -196,17 +196,16 @@ class TrainLoader(torch_data.DataLoader):
 
 
 def _last_of(error: Exception) -> Exception:
-    """torch's last error of a loader process that died; the error itself if it is another.
+    """torch's error of a loader process that died, if one follows; else the error itself.
 
-    That a process is gone may be noticed first by a broken connection to it, or by its absence.
-    torch raises another error, of its signal, once that arrives: which would come in the midst of
-    whatever is done about the first.
+    That a process is gone may be noticed first by a broken connection to it, by memory that
+    cannot be received any more, or by its absence. torch raises another error, of its signal, once
+    that arrives: which would come in the midst of whatever is done about the first.
     """
-    if isinstance(error, (OSError, EOFError)) or "DataLoader worker" in str(error):
-        try:
-            time.sleep(0.5)
-        except RuntimeError as second:
-            return second
+    try:
+        time.sleep(1.0)
+    except RuntimeError as second:
+        return second
     return error
 
 
