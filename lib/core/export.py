@@ -11,6 +11,7 @@ through `load_exported`, as a Predictor; batch size and image size are free.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def export_torch(predictor: Predictor, folder: Path) -> list[Path]:
     files = []
     for name, program in parts.items():
         files.append(folder / f"{name}.pt2")
-        with atomic_write(files[-1]) as file:
+        with atomic_write(files[-1]) as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No complete tensor")
             torch.export.save(program, file)
     write_record(folder, "torch", predictor.vocabulary, device)
     return files
@@ -168,7 +170,9 @@ def load_exported(
         model = onnx_model(folder)
     else:
         files = sorted(folder.glob("*.pt2"))
-        programs = {file.stem: torch.export.load(file).module() for file in files}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable|No complete tensor")
+            programs = {file.stem: torch.export.load(file).module() for file in files}
         model = ExportedModel(programs, chosen)
     return Predictor.of_model(model, vocabulary, device=chosen, batch_size=batch_size)
 

@@ -98,16 +98,19 @@ def export_onnx(predictor: Predictor, folder: Path) -> list[Path]:
 
 
 def _export(part: nn.Module, example: Tensor, free: dict[int, object], path: Path) -> None:
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
+    # The exporter tells of each of its passes.
+    chatty = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in chatty]
+    for logger in chatty:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             graph = trace(part, (example,), (free,))
             program = torch.onnx.export(graph, dynamo=True, verbose=False)
     finally:
-        exporter.setLevel(level)
+        for logger, level in zip(chatty, levels, strict=True):
+            logger.setLevel(level)
     program.save(path)
 
 
