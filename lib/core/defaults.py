@@ -154,7 +154,7 @@ TEST = AttrDict(
     RPN_MIN_SIZE=0,
     # -- evaluation
     COMPETITION_MODE=True,  # keep COCO result files; False: random names, removed after scoring
-    FORCE_JSON_DATASET_EVAL=False,  # kept for old configs: all are evaluated by COCO's rules
+    FORCE_JSON_DATASET_EVAL=False,  # score Pascal VOC and Cityscapes by COCO's rules too
     # -- slower, better detections
     BBOX_AUG=BBOX_AUG,
     MASK_AUG=MASK_AUG,

@@ -84,22 +84,17 @@ def load_voc(path: Path) -> dict[str, Any]:
     """
     folder = path.parents[len(_SPLITS.parts)]
     stems = split_stems(path)
+    split = split_images(path)
     files = _annotations(folder, _state(folder / "Annotations"))
-    missing = [stem for stem in stems if stem not in files]
-    if missing:
-        raise UserError(
-            f"{folder / 'Annotations' / missing[0]}.xml, listed in {path}, does not exist "
-            f"({len(missing)} of {len(stems)} are missing); complete the folder"
-        )
     names = sorted({obj.name for image in files.values() for obj in image.objects})
     label = {name: i + 1 for i, name in enumerate(names)}
     image_names = {Path(name).stem: name for name in sorted(os.listdir(folder / "JPEGImages"))}
     images, annotations = [], []
-    for image_id, stem in zip(image_ids(stems), stems, strict=True):
+    for image_id, stem, image in zip(image_ids(stems), stems, split, strict=True):
         file_name = image_names.get(stem, f"{stem}.jpg")
-        height, width = _size(files[stem], folder / "JPEGImages" / file_name)
+        height, width = _size(image, folder / "JPEGImages" / file_name)
         images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        for obj in files[stem].objects:
+        for obj in image.objects:
             x, y, w, h = _coco_box(obj.box, height, width)
             annotations.append(
                 {
@@ -116,6 +111,20 @@ def load_voc(path: Path) -> dict[str, Any]:
             )
     categories = [{"id": number, "name": name} for name, number in label.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def split_images(path: Path) -> list[VocImage]:
+    """What the XML files of a split's images say, in its order. Raises UserError as load_voc."""
+    folder = path.parents[len(_SPLITS.parts)]
+    stems = split_stems(path)
+    files = _annotations(folder, _state(folder / "Annotations"))
+    missing = [stem for stem in stems if stem not in files]
+    if missing:
+        raise UserError(
+            f"{folder / 'Annotations' / missing[0]}.xml, listed in {path}, does not exist "
+            f"({len(missing)} of {len(stems)} are missing); complete the folder"
+        )
+    return [files[stem] for stem in stems]
 
 
 def version(path: Path) -> tuple[int, ...]:
