@@ -75,8 +75,11 @@ def test_the_gpu_finds_what_the_cpu_finds(dataset, model, tmp_path, monkeypatch)
     gpu = run_test_net(model.cuda(), dataset, tmp_path / "gpu", batch_size=4)
     for j in range(1, 4):
         for i in range(7):
-            np.testing.assert_allclose(gpu.all_boxes[j][i], cpu.all_boxes[j][i], atol=1e-2)
-            assert len(gpu.all_segms[j][i]) == len(cpu.all_segms[j][i])
+            found, wanted = gpu.all_boxes[j][i], cpu.all_boxes[j][i]
+            assert len(found) == len(wanted) == len(gpu.all_segms[j][i])
+            # Scores that differ in the sixth digit may change places.
+            apart = np.abs(found[:, None] - wanted[None]).max(-1, initial=0)
+            assert (apart < 1e-2).any(0).all() and (apart < 1e-2).any(1).all()
 
 
 def test_the_detections_file_is_detectron_s(dataset, model, tmp_path):
