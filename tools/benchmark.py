@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import _init_paths  # noqa: F401  (puts lib/ on the path)
-from core import benchmark_data, benchmark_memory, benchmark_test
+from core import (
+    benchmark_data,
+    benchmark_memory,
+    benchmark_models,
+    benchmark_test,
+    benchmark_train,
+)
 from core.benchmark import REPEATS, WARM_UP, copy_bandwidth, describe, format_rows
 from core.benchmark_ops import FULL, SMALL, ops_rows
 from core.errors import UserError, exit_on_user_error
@@ -52,7 +59,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     test.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off")
     test.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is any")
     test.set_defaults(run=run_test)
-    for command in (ops, data, memory, test):
+
+    train = commands.add_parser("train", help="whole training steps beside torchvision's")
+    train.add_argument("--batches", type=int, nargs="+", default=[2, 8, 16], help="images a batch")
+    train.add_argument("--amp", choices=tuple(AMP_DTYPES), nargs="+", default=["off", "bf16"])
+    train.add_argument("--steps", type=int, default=40, help="measured, after some to warm up")
+    train.add_argument("--compile", action="store_true", help="torch.compile, torchvision's too")
+    train.add_argument("--profile", action="store_true", help="also where our step's time goes")
+    train.set_defaults(run=run_train)
+    for command in (train,):
+        command.add_argument("--cfg", default=MASK_RCNN, help="default: Mask R-CNN R-50-FPN")
+        command.add_argument("--set", dest="set_cfgs", nargs="+", default=[], metavar="K V")
+        command.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is any")
+    for command in (ops, data, memory, test, train):
         command.add_argument("--output", type=Path, help="also write the results here (JSON)")
     return parser.parse_args(argv)
 
@@ -115,6 +134,22 @@ def run_test(args: argparse.Namespace) -> dict[str, Any]:
     )
     print(found.table())
     return {"environment": facts, **found.as_dict()}
+
+
+def run_train(args: argparse.Namespace) -> dict[str, Any]:
+    if min(*args.batches, args.steps - 1) < 1:
+        raise UserError("--batches must be at least 1 and --steps at least 2")
+    benchmark_models.configure(args.cfg, args.set_cfgs)
+    device = pick_devices(args.device)[0]
+    facts = print_facts(device)
+    cases = benchmark_train.TrainCases(
+        tuple(args.batches), tuple(args.amp), args.compile, args.steps
+    )
+    rates = list(benchmark_train.train_rates(device, cases))
+    print(benchmark_models.format_rates(rates))
+    if args.profile:
+        print(benchmark_train.profile_steps(device, cases))
+    return {"environment": facts, "settings": asdict(cases), "rows": [r.as_dict() for r in rates]}
 
 
 def require_positive(args: argparse.Namespace, *flags: str) -> None:

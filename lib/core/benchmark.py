@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -79,8 +79,13 @@ def measure(call: Callable[[int], object], device: torch.device, budget: float =
             begin = time.perf_counter()
             call(i)
             times.append(1e3 * (time.perf_counter() - begin))
+    return timing_of(times)
+
+
+def timing_of(times: Sequence[float]) -> Timing:
+    """Median and spread of at least two times in milliseconds."""
     deciles = statistics.quantiles(times, n=10, method="inclusive")
-    return Timing(statistics.median(times), deciles[0], deciles[-1], repeats)
+    return Timing(statistics.median(times), deciles[0], deciles[-1], len(times))
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,0 +1,340 @@
+"""What `tools/benchmark.py train` measures: whole training steps beside torchvision's.
+
+This project's steps are those of core.train_engine.train(), the loop that the training scripts run.
+An untrained RPN proposes hardly anything near the objects, a trained one a lot: to either model's
+proposals are added boxes near the objects, as many as make the usual number of foreground RoIs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import modeling.model_builder as model_builder
+import nn as mynn
+import utils.blob as blob_utils
+import utils.net as net_utils
+from core.benchmark import synchronize, timing_of
+from core.benchmark_models import (
+    Rate,
+    Scene,
+    draw_batches,
+    fresh_memory,
+    matrix_rate,
+    peak_gib,
+    pinned,
+    random_model,
+    torchvision_model,
+)
+from core.config import cfg
+from core.test_pipeline import precision
+from core.train_engine import AMP_DTYPES, TrainSettings, place_model, prepare_device, train
+from core.train_job import CPU_INPUTS
+from modeling.compilation import compile_parts
+from modeling.generate_proposals import Proposals
+from nn.parallel.scatter import move_to
+from roi_data.minibatch import MinibatchOptions, Sample, pack_minibatch
+from utils.training_stats import TrainingStats
+
+BATCHES = 4  # different ones, in turn
+# Boxes near the objects, an image: with the objects themselves and what an untrained RPN finds they
+# make about 80 foreground RoIs.
+NEAR = 72
+# Random weights: steps so small that they stay as they are.
+LEARNING_RATE = 1e-5
+PRECISIONS = {"off": "fp32 (TF32 on GPUs)", "bf16": "bf16", "fp16": "fp16"}
+
+
+class Trainer(Protocol):
+    """A model that can be trained on the benchmark's batches."""
+
+    def steps(self, count: int) -> list[float]:
+        """Train `count` steps; the milliseconds of each."""
+
+    def counts(self) -> dict[str, float]:
+        """Train one step; RoIs and foreground RoIs, means an image."""
+
+
+class OwnTrainer:
+    """This project's model and loop."""
+
+    def __init__(
+        self, batches: Sequence[Sequence[Scene]], device: torch.device, amp: str, compiled: bool
+    ) -> None:
+        torch.manual_seed(cfg.RNG_SEED)
+        self.device, self._amp = device, amp
+        model = place_model(random_model(), device)
+        self.model = model
+        _add_proposals(model, len(batches[0]))
+        if compiled:
+            compile_parts(model)
+        self._optimizer = net_utils.build_optimizer(model, cfg.SOLVER)
+        self._parallel = mynn.DataParallel(model, [device], cpu_keywords=CPU_INPUTS, minibatch=True)
+        options = MinibatchOptions.from_cfg()
+        self._loader = [
+            {name: [value] for name, value in pinned(_packed(b, options), device).items()}
+            for b in batches
+        ]
+
+    def steps(self, count: int) -> list[float]:
+        clock = _Clock(self.device)
+        # The loop asks for the rate when a step begins; the last of count + 1 has no end.
+        settings = TrainSettings(count + 1, disp_interval=count + 2, amp=self._amp)
+        train(
+            self._parallel,
+            self._optimizer,
+            self._loader,
+            clock,
+            settings,
+            TrainingStats(count + 1, quiet=True),  # raises if a loss is not finite
+        )
+        return clock.milliseconds()
+
+    def counts(self) -> dict[str, float]:
+        original, found = model_builder.sample_rois, []
+
+        def watch(*args: Any, **kwargs: Any) -> Any:
+            found.append(original(*args, **kwargs))
+            return found[-1]
+
+        model_builder.sample_rois = watch
+        try:
+            self.steps(1)
+        finally:
+            model_builder.sample_rois = original
+        images = sum(len(sampled.valid) for sampled in found)
+        if not images:
+            return {}
+        rois = sum(int(sampled.valid.sum()) for sampled in found)
+        foreground = sum(int(sampled.foreground.sum()) for sampled in found)
+        return {"RoIs": rois / images, "foreground": foreground / images}
+
+
+class TorchvisionTrainer:
+    """torchvision's model, trained as its reference scripts do, without their wait for the loss."""
+
+    def __init__(
+        self, batches: Sequence[Sequence[Scene]], device: torch.device, amp: str, compiled: bool
+    ) -> None:
+        torch.manual_seed(cfg.RNG_SEED)
+        self.device, self._amp = device, amp
+        self.model = torchvision_model().to(device).train()
+        if amp != "off":
+            self.model = self.model.to(memory_format=torch.channels_last)
+        if hasattr(self.model, "rpn"):
+            self.model.rpn.register_forward_hook(self._with_near)
+        if compiled:
+            self.model.backbone = torch.compile(self.model.backbone)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.SGD(trained, LEARNING_RATE, 0.9, weight_decay=1e-4)
+        self._batches = [pinned(_torchvision_batch(batch), device) for batch in batches]
+        self._near: list[Tensor] = []
+
+    def steps(self, count: int) -> list[float]:
+        clock, losses = _Clock(self.device), []
+        for step in range(count):
+            clock(step)
+            losses.append(self._step(step))
+        clock(count)
+        if not torch.stack(losses).isfinite().all():
+            raise RuntimeError("torchvision's losses are not finite")
+        return clock.milliseconds()
+
+    def counts(self) -> dict[str, float]:
+        if not hasattr(self.model, "roi_heads"):
+            return {}
+        heads, found = self.model.roi_heads, []
+        original = heads.select_training_samples
+
+        def watch(*args: Any) -> Any:
+            found.append(original(*args))
+            return found[-1]
+
+        heads.select_training_samples = watch
+        try:
+            self._step(0)
+        finally:
+            del heads.select_training_samples
+        labels = [label for sampled in found for label in sampled[2]]
+        return {
+            "RoIs": statistics.mean(len(label) for label in labels),
+            "foreground": statistics.mean(int((label > 0).sum()) for label in labels),
+        }
+
+    def _step(self, step: int) -> Tensor:
+        images, targets, self._near = move_to(self._batches[step % len(self._batches)], self.device)
+        with precision(self.device, self._amp):
+            losses = sum(self.model([image / 255 for image in images], targets).values())
+        self._optimizer.zero_grad()
+        losses.backward()
+        self._optimizer.step()
+        return losses.detach()
+
+    def _with_near(self, module: nn.Module, args: Any, output: tuple) -> tuple:
+        proposals, losses = output
+        both = [torch.cat(pair) for pair in zip(self._near, proposals, strict=True)]
+        return both, losses
+
+
+class _Clock:
+    """The time between calls, on the device; as a learning rate it is constant."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._points = device, []
+
+    def __call__(self, step: int) -> float:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._points.append(event)
+        else:
+            self._points.append(time.perf_counter())
+        return LEARNING_RATE
+
+    def milliseconds(self) -> list[float]:
+        synchronize(self._device)
+        pairs = zip(self._points, self._points[1:], strict=False)
+        if self._device.type == "cuda":
+            return [first.elapsed_time(second) for first, second in pairs]
+        return [1e3 * (second - first) for first, second in pairs]
+
+
+def _packed(scenes: Sequence[Scene], options: MinibatchOptions) -> dict[str, Any]:
+    """The batch that the loader would make, with the boxes near the objects as `near`."""
+    samples = []
+    for scene in scenes:
+        height, width = scene.image.shape[:2]
+        scale = blob_utils.get_target_scale(height, width, options.scales[0], options.max_size)
+        size = blob_utils.scaled_size(height, width, scale)
+        samples.append(Sample(scene.image, scene.entry, scale, size, (0, 0)))
+    near = [
+        torch.from_numpy(scene.near * s.scale) for scene, s in zip(scenes, samples, strict=True)
+    ]
+    return pack_minibatch(samples, options) | {"near": torch.stack(near)}
+
+
+def _torchvision_batch(scenes: Sequence[Scene]) -> list:
+    """uint8 RGB images (3, H, W), targets, and boxes near the objects in the network's pixels."""
+    images, targets, near = [], [], []
+    for scene in scenes:
+        height, width = scene.image.shape[:2]
+        scale = blob_utils.get_target_scale(height, width, cfg.TRAIN.SCALES[0], cfg.TRAIN.MAX_SIZE)
+        images.append(torch.from_numpy(scene.image[..., ::-1].transpose(2, 0, 1).copy()))
+        target = {
+            "boxes": torch.from_numpy(scene.entry["boxes"]),
+            "labels": torch.from_numpy(scene.entry["gt_classes"]).long(),
+        }
+        if cfg.MODEL.MASK_ON:
+            target["masks"] = torch.from_numpy(scene.masks)
+        if cfg.MODEL.KEYPOINTS_ON:
+            points = torch.from_numpy(scene.entry["gt_keypoints"]).transpose(1, 2)
+            target["keypoints"] = points.float().contiguous()
+        targets.append(target)
+        near.append(torch.from_numpy(scene.near * scale).float())
+    return [images, targets, near]
+
+
+def _add_proposals(model: nn.Module, batch_size: int) -> None:
+    """Let the RPN propose the batch's `near` boxes too, and as many for each image of any batch as
+    for one alone, so that all RoI slots are filled."""
+    current: list[Tensor] = []
+
+    def take_near(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple:
+        current[:] = [kwargs.pop("near").float()]
+        return args, kwargs
+
+    model.register_forward_pre_hook(take_near, with_kwargs=True)
+    if not hasattr(model, "RPN"):
+        return
+    model.RPN.collect_scale = batch_size
+    propose = model.RPN.propose
+
+    def propose_near(*args: Any) -> Proposals:
+        found, near = propose(*args), current[0]
+        best = found.scores.new_ones(near.shape[:2])
+        boxes = torch.cat([near, found.boxes], dim=1)
+        return Proposals(boxes, torch.cat([best, found.scores], dim=1))
+
+    model.RPN.propose = propose_near
+
+
+@dataclass(frozen=True)
+class TrainCases:
+    """What is measured."""
+
+    batch_sizes: tuple[int, ...] = (2, 8, 16)
+    precisions: tuple[str, ...] = ("off", "bf16")  # as --amp
+    compiled: bool = False
+    steps: int = 40
+
+
+def train_rates(device: torch.device, cases: TrainCases) -> Iterator[Rate]:
+    """Measure every case, this project's and torchvision's in turn; yields each when it is there.
+
+    Raises NonFiniteLossError or RuntimeError if a loss is not finite.
+    """
+    prepare_device(device)
+    who = {"ours": OwnTrainer}
+    if torchvision_model() is not None:
+        who["torchvision"] = TorchvisionTrainer
+    for batch_size in cases.batch_sizes:
+        batches = draw_scenes(batch_size)
+        flops = _flops(batches, device)
+        for amp in cases.precisions:
+            floor = flops / matrix_rate(device, AMP_DTYPES[amp] or torch.float32)
+            for name, kind in who.items():
+                fresh_memory(device)
+                trainer = kind(batches, device, amp, cases.compiled)
+                counts = trainer.counts()
+                trainer.steps(2 * BATCHES)
+                times = trainer.steps(cases.steps)
+                title = PRECISIONS[amp] + " compiled" * cases.compiled
+                yield Rate(
+                    name, title, batch_size, timing_of(times), peak_gib(device), counts, 1e3 * floor
+                )
+                del trainer
+
+
+def profile_steps(device: torch.device, cases: TrainCases, steps: int = 4) -> str:
+    """A table of the operations that this project's step spends most time in, on the device, in
+    the last case (batch size, precision)."""
+    prepare_device(device)
+    trainer = OwnTrainer(
+        draw_scenes(cases.batch_sizes[-1]), device, cases.precisions[-1], cases.compiled
+    )
+    trainer.steps(2 * BATCHES)
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as found:
+        trainer.steps(steps)
+    key = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+    return found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=70)
+
+
+def draw_scenes(batch_size: int) -> list[list[Scene]]:
+    """Batches for the model of the config."""
+    return draw_batches(
+        BATCHES,
+        batch_size,
+        classes=cfg.MODEL.NUM_CLASSES - 1,
+        keypoints=cfg.KRCNN.NUM_KEYPOINTS if cfg.MODEL.KEYPOINTS_ON else 0,
+        near=NEAR,
+    )
+
+
+def _flops(batches: Sequence[Sequence[Scene]], device: torch.device) -> int:
+    """Floating-point operations of the matrix products and convolutions of a step."""
+    fresh_memory(device)
+    trainer = OwnTrainer(batches, device, "off", False)
+    with FlopCounterMode(display=False) as counter:
+        trainer.steps(0)
+    return counter.get_total_flops()
