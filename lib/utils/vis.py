@@ -22,7 +22,6 @@ from utils.vis_layout import (
     resized,
     text_colour,
 )
-from utils.vis_pdf import write_page
 from utils.weights import atomic_write
 
 # cv2's fixed-point coordinates: 4 binary places make edges smooth.
@@ -130,6 +129,8 @@ def write_picture(im: np.ndarray, layout: Layout, path: str | Path) -> None:
     """
     path = Path(path)
     if path.suffix.lower() == ".pdf":
+        from utils.vis_pdf import write_page  # a second to import, which training need not wait
+
         with atomic_write(path) as file:
             write_page(im, layout, file)
         return
