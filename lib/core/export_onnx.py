@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import onnxscript  # noqa: F401  (torch.onnx imports it in the middle of an export)
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
