@@ -346,12 +346,12 @@ class _Loop:
         if best:
             self._best = {"metric": found.name, "value": value, "step": step}
         logger.info(
-            "step %d: %s %.4f, the best is %.4f of step %d",
-            step,
+            "evaluation after step %d: %s %.4f, the best is %.4f after step %d",
+            step + 1,  # as the lines of the losses count
             found.name,
             value,
             self._best["value"],
-            self._best["step"],
+            self._best["step"] + 1,
         )
         return best
 
