@@ -62,6 +62,7 @@ def _choice_problems(cfg: AttrDict) -> Iterator[str]:
             cfg.RESNETS.IMAGENET_PRETRAINED_PIXELS,
             ("auto", "bgr255", "rgb1"),
         ),
+        "TEST.COCO_EVALUATOR": (cfg.TEST.COCO_EVALUATOR, ("fast", "pycocotools")),
         "RESNETS.FREEZE_AT": (cfg.RESNETS.FREEZE_AT, (0, 2, 3, 4, 5)),
     }
     for key, (value, allowed) in choices.items():

@@ -154,6 +154,7 @@ TEST = AttrDict(
     RPN_MIN_SIZE=0,
     # -- evaluation
     COMPETITION_MODE=True,  # keep COCO result files; False: random names, removed after scoring
+    COCO_EVALUATOR="fast",  # or pycocotools: the same numbers from COCO's own code
     FORCE_JSON_DATASET_EVAL=False,  # score Pascal VOC and Cityscapes by COCO's rules too
     # -- slower, better detections
     BBOX_AUG=BBOX_AUG,

@@ -1,4 +1,4 @@
-"""Scoring detections by COCO's rules with pycocotools, and COCO's result files.
+"""Scoring detections by COCO's rules, and COCO's result files.
 
 Detections come as core.test_engine collects them: `all_boxes[label][image]` float (N, 5) rows
 x1, y1, x2, y2, score (or []), `all_segms[label][image]` lists of N RLEs, `all_keyps[label][image]`
@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import utils.boxes as box_utils
 import utils.segms as segm_utils
 from core.config import cfg
+from datasets import coco_scoring
 from datasets.json_dataset import JsonDataset
 from utils.weights import atomic_write
 
@@ -118,16 +118,13 @@ def _evaluate(
 
 
 def _score(dataset: JsonDataset, results: list[dict], kind: str) -> COCOeval:
-    """Run COCOeval on the images of the data set; log its summary and the AP of each class."""
+    """Score the images of the data set; log COCO's summary and the AP of each class."""
+    sigmas = _sigmas(dataset) if kind == "keypoints" else None
+    coco_eval = coco_scoring.evaluate(
+        dataset.COCO, results, kind, dataset.image_ids, cfg.TEST.COCO_EVALUATOR, sigmas
+    )
     summary = io.StringIO()
     with contextlib.redirect_stdout(summary):
-        found = _load_results(dataset.COCO, results)
-        coco_eval = COCOeval(dataset.COCO, found, kind)
-        coco_eval.params.imgIds = list(dataset.image_ids)
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-        summary.truncate(0)  # from here on COCOeval prints the summary
-        summary.seek(0)
         coco_eval.summarize()
     task = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}[kind]
     logger.info("%s, %s:\n%s", dataset.name, task, summary.getvalue().rstrip())
@@ -135,13 +132,12 @@ def _score(dataset: JsonDataset, results: list[dict], kind: str) -> COCOeval:
     return coco_eval
 
 
-def _load_results(coco: COCO, results: list[dict]) -> COCO:
-    if results:
-        return coco.loadRes(results)
-    nothing = COCO()  # loadRes looks at the first result
-    nothing.dataset = {**coco.dataset, "annotations": []}
-    nothing.createIndex()
-    return nothing
+def _sigmas(dataset: JsonDataset) -> np.ndarray | None:
+    sigmas = coco_scoring.keypoint_sigmas(dataset.COCO)
+    if sigmas is not None:
+        text = ", ".join(f"{sigma:.3f}" for sigma in sigmas)
+        logger.info("%s: sigmas of its %d keypoints: %s", dataset.name, len(sigmas), text)
+    return sigmas
 
 
 def class_average_precision(dataset: JsonDataset, coco_eval: COCOeval) -> dict[str, float]:

@@ -51,6 +51,7 @@ def evaluate_all(
         aps = voc_dataset_evaluator.evaluate_boxes(dataset, all_boxes, output_dir)
         scores["box"] = _metrics("box", None)
         scores["box"]["AP50"] = voc_dataset_evaluator.mean_ap(aps)
+        scores["box"].move_to_end("AP50", last=False)  # trainings keep the best by the first
     else:
         coco_eval = json_dataset_evaluator.evaluate_boxes(dataset, all_boxes, output_dir)
         scores["box"] = _metrics("box", coco_eval)

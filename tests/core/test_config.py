@@ -33,6 +33,7 @@ NEW_KEYS = {
     "TRAIN.MAX_BAD_STEPS",
     "SOLVER.SCALE_MOMENTUM_TWICE",
     "TEST.CLASS_SPECIFIC_AR",
+    "TEST.COCO_EVALUATOR",
     "EXPECTED_RESULTS_SIGMA_TOL",
 }
 ERRORS = {"ValueError": ValueError, "KeyError": KeyError, "AssertionError": AssertionError}

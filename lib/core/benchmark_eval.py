@@ -1,0 +1,133 @@
+"""What `tools/benchmark.py eval` measures: COCO's metrics by pycocotools and by the fast library.
+
+Results are made from real annotations: each object is found once or more, a little displaced,
+sometimes as another class or not at all, among detections of nothing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import utils.segms as segm_utils
+from core.benchmark_test import repeat_dataset
+from datasets import coco_scoring
+from datasets.json_dataset import JsonDataset
+
+FOUND = 0.9  # share of the objects that are found
+OTHER_CLASS = 0.1  # share of the detections that have the wrong class
+FALSE_PER_IMAGE = 25  # detections of nothing in an image
+SHIFT = 0.08  # standard deviation of the displacement, in sides of the box
+
+
+@dataclass(frozen=True)
+class EvaluationTime:
+    """Seconds from results in memory to metrics, and the largest difference in any number."""
+
+    kind: str
+    results: int
+    reference_seconds: float
+    fast_seconds: float
+    difference: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"share": self.fast_seconds / self.reference_seconds}
+
+
+def measure(dataset_name: str, num_images: int, seed: int = 0) -> Iterator[EvaluationTime]:
+    """Time both evaluators on boxes and, where there are any, masks and keypoints.
+
+    dataset_name: its images, repeated to num_images, are the ground truth.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = repeat_dataset(JsonDataset(dataset_name), num_images, Path(folder))
+        for kind, results in synthesise(dataset, np.random.default_rng(seed)).items():
+            if results:
+                yield _compare(dataset, kind, results)
+
+
+def _compare(dataset: JsonDataset, kind: str, results: list[dict]) -> EvaluationTime:
+    sigmas = coco_scoring.keypoint_sigmas(dataset.COCO)
+    seconds, scored = {}, {}
+    for evaluator in ("fast", "pycocotools"):
+        begin = time.perf_counter()
+        scored[evaluator] = coco_scoring.evaluate(
+            dataset.COCO, results, kind, dataset.image_ids, evaluator, sigmas
+        )
+        seconds[evaluator] = time.perf_counter() - begin
+    difference = max(
+        float(np.abs(scored["fast"].eval[key] - scored["pycocotools"].eval[key]).max())
+        for key in ("precision", "recall", "scores")
+    )
+    return EvaluationTime(kind, len(results), seconds["pycocotools"], seconds["fast"], difference)
+
+
+def synthesise(dataset: JsonDataset, rng: np.random.Generator) -> dict[str, list[dict]]:
+    """Results in COCO's form: 'bbox', 'segm' and 'keypoints' -> list, empty where the annotations
+    have none. Scores have three digits, so some are equal."""
+    coco = dataset.COCO
+    results: dict[str, list[dict]] = {"bbox": [], "segm": [], "keypoints": []}
+    categories = sorted(coco.cats)
+    masks: dict[int, np.ndarray] = {}  # of the data set's own images, which may repeat
+    for image_id in dataset.image_ids:
+        image = coco.imgs[image_id]
+        height, width = image["height"], image["width"]
+        for found in coco.imgToAnns.get(image_id, []):
+            if rng.random() > FOUND:
+                continue
+            for _ in range(rng.integers(1, 3)):
+                other = rng.random() < OTHER_CLASS
+                category = int(rng.choice(categories)) if other else found["category_id"]
+                score = round(float(rng.random()), 3)
+                ids = {"image_id": image_id, "category_id": category, "score": score}
+                box = np.array(found["bbox"], dtype=float)
+                shift = np.rint(rng.normal(0, SHIFT, 2) * box[2:])
+                results["bbox"].append(ids | {"bbox": [*(box[:2] + shift), *box[2:]]})
+                if found["segmentation"]:
+                    key = id(found["segmentation"])
+                    if key not in masks:
+                        masks[key] = coco.annToMask(found)
+                    moved = np.roll(masks[key], shift[::-1].astype(int), (0, 1))
+                    results["segm"].append(ids | {"segmentation": _text_rle(moved)})
+                if any(found.get("keypoints", ())):
+                    points = np.array(found["keypoints"], dtype=float).reshape(-1, 3)
+                    points[:, :2] += rng.normal(0, SHIFT / 2, points[:, :2].shape) * box[2:]
+                    points[:, 2] = 1
+                    ids = ids | {"category_id": found["category_id"]}
+                    results["keypoints"].append(ids | {"keypoints": points.reshape(-1).tolist()})
+        for _ in range(FALSE_PER_IMAGE):
+            w, h = rng.uniform(0.05, 0.5, 2) * (width, height)
+            x, y = rng.uniform(0, 1, 2) * (width - w, height - h)
+            score = round(float(rng.random() ** 2), 3)
+            ids = {"image_id": image_id, "category_id": int(rng.choice(categories)), "score": score}
+            results["bbox"].append(ids | {"bbox": [x, y, w, h]})
+            if results["segm"]:
+                blob = np.zeros((height, width), np.uint8)
+                rows, columns = np.ogrid[:height, :width]
+                inside = ((rows - y) / h - 0.5) ** 2 + ((columns - x) / w - 0.5) ** 2 < 0.25
+                blob[inside] = 1
+                results["segm"].append(ids | {"segmentation": _text_rle(blob)})
+    return results
+
+
+def _text_rle(mask: np.ndarray) -> dict[str, Any]:
+    rle = segm_utils.mask_to_rle(mask)
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
+def table(times: list[EvaluationTime]) -> str:
+    """The figures as text."""
+    lines = [f"{'':10} {'results':>9} {'pycocotools':>12} {'fast':>9} {'share':>7}  difference"]
+    for t in times:
+        share = 100 * t.fast_seconds / t.reference_seconds
+        lines.append(
+            f"{t.kind:10} {t.results:9} {t.reference_seconds:10.2f} s {t.fast_seconds:7.2f} s "
+            f"{share:5.1f} %  {t.difference:.1e}"
+        )
+    return "\n".join(lines)
