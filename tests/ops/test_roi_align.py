@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import roi_cases
 import torch
 import torchvision
+from roi_cases import LAYOUTS, SCALES, pyramid, random_rois
 
 from ops import roi_align
 
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -52,27 +53,12 @@ def reference(feature, roi, size, scale, ratio, aligned=False):
     return out
 
 
-def random_rois(count, images=2, extent=200.0, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    corner = torch.rand(count, 2, generator=g) * extent - 10
-    size = torch.rand(count, 2, generator=g) * extent
-    image = torch.randint(0, images, (count, 1), generator=g).float()
-    return torch.cat([image, corner, corner + size], dim=1)
-
-
-def pyramid(channels=8, dtype=torch.float32, layout="nchw", seed=0):
-    g = torch.Generator().manual_seed(seed)
-    features = [torch.randn(2, channels, 64 >> k, 48 >> k, generator=g) for k in range(4)]
-    features = [f.to(dtype).contiguous(memory_format=LAYOUTS[layout]) for f in features]
-    return features, [1 / 4, 1 / 8, 1 / 16, 1 / 32]
-
-
 def pool_and_differentiate(features, rois, levels, scales, ratio, weight):
-    """Output and gradients, with the features' layout kept."""
-    features = [f.detach().requires_grad_() for f in features]
-    out = roi_align(features, rois, 7, scales, ratio, levels)
-    grads = torch.autograd.grad(out, features, weight.to(out))
-    return out.detach(), grads
+    def pool(*inputs):
+        features, rois, levels, scales = inputs
+        return roi_align(features, rois, 7, scales, ratio, levels)
+
+    return roi_cases.pool_and_differentiate(pool, features, rois, levels, scales, weight)
 
 
 @layouts
@@ -118,7 +104,7 @@ def test_output_and_gradient_agree_with_torchvision(layout, ratio):
 
 @layouts
 def test_levels_in_one_call_are_the_levels_one_by_one(layout):
-    features, scales = pyramid(layout=layout)
+    features, scales = pyramid(layout=layout), SCALES
     rois, levels = random_rois(50), torch.randint(0, 4, (50,))
     weight = torch.randn(50, 8, 7, 7)
     out, grads = pool_and_differentiate(features, rois, levels, scales, 2, weight)
@@ -134,7 +120,7 @@ def test_levels_in_one_call_are_the_levels_one_by_one(layout):
 @layouts
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_accumulate_in_float32(layout, dtype):
-    features, scales = pyramid(dtype=dtype, layout=layout)
+    features, scales = pyramid(dtype=dtype, layout=layout), SCALES
     rois, levels, weight = random_rois(30), torch.randint(0, 4, (30,)), torch.randn(30, 8, 7, 7)
     weight = weight.to(dtype)
     out, grads = pool_and_differentiate(features, rois, levels, scales, 0, weight)
@@ -164,7 +150,7 @@ ODD_ROIS = torch.tensor(
 @layouts
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_rois_that_point_nowhere_give_zeros_and_no_gradient(layout, ratio):
-    features, scales = pyramid(layout=layout)
+    features, scales = pyramid(layout=layout), SCALES
     levels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 7])
     weight = torch.ones(len(ODD_ROIS), 8, 7, 7)
     out, grads = pool_and_differentiate(features, ODD_ROIS, levels, scales, ratio, weight)
@@ -173,7 +159,7 @@ def test_rois_that_point_nowhere_give_zeros_and_no_gradient(layout, ratio):
 
 
 def test_huge_and_inverted_rois_are_finite_and_quick():
-    features, scales = pyramid()
+    features, scales = pyramid(), SCALES
     rois = torch.tensor([[0, -1e7, -1e7, 1e7, 1e7], [0, 60, 60, 20, 20.0]])
     for aligned in (False, True):
         for ratio in (0, 2):
@@ -185,7 +171,7 @@ def test_huge_and_inverted_rois_are_finite_and_quick():
 
 
 def test_no_rois_and_no_images():
-    features, scales = pyramid()
+    features, scales = pyramid(), SCALES
     none = torch.zeros(0, 5)
     out, grads = pool_and_differentiate(
         features, none, torch.zeros(0, dtype=torch.int64), scales, 2, torch.zeros(0, 8, 7, 7)
@@ -226,7 +212,7 @@ def test_gradcheck(layout, ratio):
 
 @layouts
 def test_opcheck(layout):
-    features, scales = pyramid(channels=4, layout=layout)
+    features, scales = pyramid(channels=4, layout=layout), SCALES
     features = [f.requires_grad_() for f in features]
     rois, levels = random_rois(6), torch.tensor([0, 1, 2, 3, 0, 1])
     args = (features, rois, levels, scales, 3, 3, 2, False)
@@ -238,7 +224,7 @@ def test_opcheck(layout):
 
 
 def test_wrong_arguments_are_named():
-    features, scales = pyramid()
+    features, scales = pyramid(), SCALES
     rois, levels = random_rois(4), torch.zeros(4, dtype=torch.int64)
     for change, error, words in (
         ({"rois": rois[:, :4]}, ValueError, r"rois must be \(R, 5\)"),
@@ -283,7 +269,7 @@ TOLERANCES = {
 @pytest.mark.parametrize("ratio", [0, 2])
 @pytest.mark.parametrize("channels", [8, 13, 64, 264])
 def test_cuda_agrees_with_the_cpu(layout, dtype, ratio, channels):
-    features, scales = pyramid(channels, dtype, layout)
+    features, scales = pyramid(channels, dtype, layout), SCALES
     rois = torch.cat([random_rois(120), ODD_ROIS])
     levels = torch.randint(0, 4, (len(rois),), generator=torch.Generator().manual_seed(1))
     levels[-1] = 9
@@ -310,7 +296,7 @@ def test_cuda_agrees_with_the_cpu(layout, dtype, ratio, channels):
 @pytest.mark.gpu
 @layouts
 def test_cuda_gradient_repeats_bit_for_bit(layout):
-    features, scales = pyramid(32, torch.bfloat16, layout)
+    features, scales = pyramid(32, torch.bfloat16, layout), SCALES
     rois, levels = random_rois(3000), torch.randint(0, 4, (3000,))
     maps, rois, levels = on_cuda(features, rois, levels)
     weight = torch.randn(3000, 32, 7, 7).cuda()
@@ -350,7 +336,7 @@ def test_cuda_indexes_beyond_two_to_the_31():
 
 @pytest.mark.gpu
 def test_cuda_huge_and_inverted_rois_agree_with_the_cpu():
-    features, scales = pyramid()
+    features, scales = pyramid(), SCALES
     rois = torch.tensor([[0, -1e5, -1e5, 1e5, 1e5], [0, 60, 60, 20, 20.0]])
     for aligned in (False, True):
         for ratio in (0, 2):
@@ -363,7 +349,7 @@ def test_cuda_huge_and_inverted_rois_agree_with_the_cpu():
 
 @pytest.mark.gpu
 def test_cuda_empty_inputs():
-    features, scales = pyramid()
+    features, scales = pyramid(), SCALES
     none = torch.zeros(0, dtype=torch.int64)
     maps, rois, levels = on_cuda(features, torch.zeros(0, 5), none)
     weight = torch.zeros(0, 8, 7, 7, device="cuda")
@@ -400,6 +386,6 @@ def test_cuda_gradcheck_and_opcheck(layout):
 
 @pytest.mark.gpu
 def test_mixed_devices_are_named():
-    features, scales = pyramid()
+    features, scales = pyramid(), SCALES
     with pytest.raises(ValueError, match="rois is on cpu but features is on cuda:0"):
         roi_align(features[0].cuda(), random_rois(3), 7, scales[0], 2)
