@@ -13,6 +13,7 @@ import torch
 import _init_paths  # noqa: F401  (puts lib/ on the path)
 from core import (
     benchmark_data,
+    benchmark_infer,
     benchmark_memory,
     benchmark_models,
     benchmark_test,
@@ -67,11 +68,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--compile", action="store_true", help="torch.compile, torchvision's too")
     train.add_argument("--profile", action="store_true", help="also where our step's time goes")
     train.set_defaults(run=run_train)
-    for command in (train,):
+
+    infer = commands.add_parser("infer", help="images to detections beside torchvision's")
+    infer.add_argument("--batches", type=int, nargs="+", help="images a batch; 1 8, on a CPU 1")
+    infer.add_argument("--amp", choices=tuple(AMP_DTYPES), nargs="+", help="off bf16, on a CPU off")
+    infer.add_argument("--rounds", type=int, help="over 4 batches each; 10, on a CPU 3")
+    infer.set_defaults(run=run_infer)
+    for command in (train, infer):
         command.add_argument("--cfg", default=MASK_RCNN, help="default: Mask R-CNN R-50-FPN")
         command.add_argument("--set", dest="set_cfgs", nargs="+", default=[], metavar="K V")
         command.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is any")
-    for command in (ops, data, memory, test, train):
+    for command in (ops, data, memory, test, train, infer):
         command.add_argument("--output", type=Path, help="also write the results here (JSON)")
     return parser.parse_args(argv)
 
@@ -149,6 +156,23 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
     print(benchmark_models.format_rates(rates))
     if args.profile:
         print(benchmark_train.profile_steps(device, cases))
+    return {"environment": facts, "settings": asdict(cases), "rows": [r.as_dict() for r in rates]}
+
+
+def run_infer(args: argparse.Namespace) -> dict[str, Any]:
+    device = pick_devices(args.device)[0]
+    usual = ([1, 8], ["off", "bf16"], 10) if device.type == "cuda" else ([1], ["off"], 3)
+    batches, amp, rounds = (
+        given if given is not None else value
+        for given, value in zip((args.batches, args.amp, args.rounds), usual, strict=True)
+    )
+    if min(*batches, rounds - 1) < 1:
+        raise UserError("--batches must be at least 1 and --rounds at least 2")
+    benchmark_models.configure(args.cfg, args.set_cfgs)
+    facts = print_facts(device)
+    cases = benchmark_infer.InferCases(tuple(batches), tuple(amp), rounds)
+    rates = list(benchmark_infer.infer_rates(device, cases))
+    print(benchmark_models.format_rates(rates))
     return {"environment": facts, "settings": asdict(cases), "rows": [r.as_dict() for r in rates]}
 
 

@@ -7,7 +7,7 @@ are discs and not noise, and the score threshold lets as much through as is kept
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,13 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from core.benchmark import Timing, measure
 from core.benchmark_ops import draw_boxes
 from core.config import assert_and_infer_cfg, cfg, merge_cfg_from_file, merge_cfg_from_list
+from core.errors import UserError
+from core.test import detect_batch
+from core.test_augment import box_outputs, candidates
+from core.test_forward import ImageBatch
+from core.test_pipeline import precision
 from modeling.model_builder import Generalized_RCNN
+from utils.blob import Placed
 from utils.packed_roidb import RoidbEntry
 
 CLASSES = 80
@@ -36,7 +42,13 @@ STANDING = ((640, 480), (640, 427), (500, 375))
 # What a residual branch is multiplied by in a trained network, about: without it the activations of
 # random weights double in every block.
 BRANCH_SCALE = 0.2
+PRECISIONS = {"off": "fp32", "bf16": "bf16", "fp16": "fp16"}  # fp32 is TF32 on a GPU
+# Candidates an image that the threshold lets through, fewest first.
+CANDIDATES = (300, 600, 1200, 2400, 4800, 9600)
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
+
+
+Batch = tuple[list[np.ndarray], tuple[Tensor, list[Placed]]]
 
 
 @dataclass(frozen=True)
@@ -61,14 +73,25 @@ class Scene:
 
 
 def draw_batches(
-    count: int, batch_size: int, *, classes: int = CLASSES, keypoints: int = 0, near: int = 0
+    count: int,
+    batch_size: int,
+    *,
+    classes: int = CLASSES,
+    keypoints: int = 0,
+    near: int = 0,
+    one_size: bool = False,
 ) -> list[list[Scene]]:
-    """`count` batches, every fourth of standing images; near: boxes near the objects, an image."""
+    """`count` batches, every fourth of standing images.
+
+    near: boxes near the objects, an image; one_size: the images of a batch are of equal size.
+    """
     rng = np.random.default_rng(0)
     batches = []
     for number in range(count):
         kinds = STANDING if number % 4 == 3 else LYING
         sizes = [kinds[rng.integers(len(kinds))] for _ in range(batch_size)]
+        if one_size:
+            sizes = sizes[:1] * batch_size
         batches.append([_draw_scene(*size, classes, keypoints, near, rng) for size in sizes])
     return batches
 
@@ -136,9 +159,11 @@ def random_model() -> nn.Module:
     return model
 
 
-def torchvision_model() -> nn.Module | None:
+def torchvision_model(short: int, longest: int) -> nn.Module | None:
     """torchvision's model of the config's kind, as it comes with pretrained weights: frozen batch
     norm, stem and first stage frozen. None: it has no such model.
+
+    short, longest: sides that images are resized to.
 
     `weights=None` alone would give it batch norm to train, more work than this project's model.
     """
@@ -147,7 +172,7 @@ def torchvision_model() -> nn.Module | None:
     backbone = {"backbone_name": "resnet50", "weights": None, "trainable_layers": 3}
     backbone["norm_layer"] = FrozenBatchNorm2d
     classes = cfg.MODEL.NUM_CLASSES
-    sizes = {"min_size": cfg.TRAIN.SCALES[0], "max_size": cfg.TRAIN.MAX_SIZE}
+    sizes = {"min_size": short, "max_size": longest}
     if cfg.RETINANET.RETINANET_ON:
         extra = LastLevelP6P7(256, 256)
         body = tv.backbone_utils.resnet_fpn_backbone(
@@ -188,6 +213,49 @@ def _disc(side: int) -> Tensor:
     """(side, side) probabilities of a mask."""
     axis = torch.linspace(-1, 1, side)
     return (0.8 - axis[:, None].hypot(axis)).mul(8).sigmoid()
+
+
+@torch.inference_mode()
+def calibrate(model: nn.Module, batches: Sequence[Batch], device: torch.device, amp: str) -> None:
+    """Set TEST.SCORE_THRESH so that TEST.DETECTIONS_PER_IM detections are kept in an image.
+
+    batches: images (H, W, 3) uint8, and the same packed. Raises UserError if too little is found.
+    """
+    cfg.freeze(False)
+    cfg.TEST.SCORE_THRESH = 0.0
+    number = sum(len(images) for images, _ in batches)
+    scores = []
+    for images, _ in batches:
+        with precision(device, amp):
+            outputs, _ = box_outputs(model, ImageBatch(images, device))
+        scores.append(candidates(outputs)[1].cpu())
+
+    def kept_at(threshold: float) -> float:
+        cfg.TEST.SCORE_THRESH = threshold
+        with precision(device, amp):
+            found = [d for images, _ in batches for d in detect_batch(model, images)]
+        return np.mean([min(len(d.scores), cfg.TEST.DETECTIONS_PER_IM) for d in found])
+
+    choose_threshold(torch.cat(scores), number, kept_at)
+    cfg.freeze()
+
+
+def choose_threshold(scores: Tensor, images: int, kept_at: Callable[[float], float]) -> None:
+    """Call kept_at(threshold) with ever lower scores until TEST.DETECTIONS_PER_IM detections an
+    image are kept.
+
+    scores: (K,) of all candidates of so many images. Raises UserError if too little is found.
+    """
+    limit, kept = cfg.TEST.DETECTIONS_PER_IM, 0.0
+    ranked = scores.sort(descending=True).values
+    for count in CANDIDATES:
+        kept = kept_at(float(ranked[min(count * images, len(ranked) - 1)]))
+        if kept >= 0.98 * limit:
+            return
+    raise UserError(
+        f"this model keeps {kept:.0f} detections an image at most, not {limit}: raise "
+        "TEST.RPN_POST_NMS_TOP_N or lower TEST.DETECTIONS_PER_IM"
+    )
 
 
 def pinned(value: Any, device: torch.device) -> Any:

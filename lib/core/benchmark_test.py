@@ -20,27 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from core.benchmark import synchronize
+from core.benchmark_models import calibrate, random_model
 from core.config import assert_and_infer_cfg, cfg, merge_cfg_from_file, merge_cfg_from_list
 from core.errors import UserError
 from core.test import class_results, detect_batch
-from core.test_augment import box_outputs, candidates
 from core.test_engine import score, test_net
-from core.test_forward import ImageBatch
 from core.test_pipeline import Stages, plan_batches, precision
 from core.train_engine import place_model, prepare_device
 from datasets.dataset_catalog import register, resolve_dataset
 from datasets.json_dataset import JsonDataset
-from modeling.model_builder import Generalized_RCNN
 from utils.blob import Placed, pack_images
 from utils.image import read_image
 
-# Candidates an image that the threshold lets through, fewest first, and images to try it on.
-CANDIDATES = (300, 600, 1200, 2400, 4800, 9600)
-CALIBRATION_IMAGES = 16
+CALIBRATION_IMAGES = 16  # that the score threshold is tried on
 PROFILED_BATCHES = 8
-# What a residual branch is multiplied by in a trained network, about: without it the activations of
-# random weights double in every block.
-BRANCH_SCALE = 0.2
 
 
 @dataclass
@@ -122,14 +115,15 @@ def benchmark_test(
     """
     prepare_device(device)
     torch.manual_seed(cfg.RNG_SEED)
-    model = place_model(_model_with_discs(), device).eval()
+    model = place_model(random_model(), device).eval()
     with tempfile.TemporaryDirectory() as folder:
         dataset = repeat_dataset(JsonDataset(dataset_name), num_images, Path(folder))
         roidb = dataset.get_roidb()
         sizes = [(entry["height"], entry["width"]) for entry in roidb]
         batches = plan_batches(len(roidb), sizes, batch_size)
         images = _Decoded([entry["image"] for entry in roidb], device)
-        _calibrate(model, images, batches, amp)
+        tried = batches[:: max(1, len(batches) * batch_size // CALIBRATION_IMAGES)]
+        calibrate(model, [images.batch(batch) for batch in tried], device, amp)
         with precision(device, amp):
             _one_batch_of_each_size(model, images, batches)
             pure = _pure_rate(model, images, batches)
@@ -209,51 +203,6 @@ class _Decoded:
             pinned = pixels.pin_memory() if self.device.type == "cuda" else pixels
             self._packed[paths] = pinned, places
         return images, self._packed[paths]
-
-
-def _model_with_discs() -> nn.Module:
-    model = Generalized_RCNN()
-    with torch.no_grad():
-        for name, parameter in model.Conv_Body.named_parameters():
-            if name.endswith("bn3.weight"):
-                parameter.fill_(BRANCH_SCALE)
-    if cfg.MODEL.MASK_ON:
-        axis = torch.linspace(-1, 1, cfg.MRCNN.RESOLUTION)
-        disc = (0.8 - axis[:, None].hypot(axis)).mul(8).sigmoid()
-        model.Mask_Outs.register_forward_hook(lambda _, __, out: out * 0.1 + 0.9 * disc.to(out))
-    return model
-
-
-@torch.inference_mode()
-def _calibrate(
-    model: nn.Module, images: _Decoded, batches: Sequence[Sequence[int]], amp: str
-) -> None:
-    """Set TEST.SCORE_THRESH so that TEST.DETECTIONS_PER_IM detections are kept in an image."""
-    limit = cfg.TEST.DETECTIONS_PER_IM
-    cfg.freeze(False)
-    cfg.TEST.SCORE_THRESH = 0.0
-    some = max(1, CALIBRATION_IMAGES // len(batches[0]))
-    tried = batches[:: max(1, len(batches) // some)]
-    number = sum(map(len, tried))
-    scores = []
-    for batch in tried:
-        with precision(images.device, amp):
-            outputs, _ = box_outputs(model, ImageBatch(images.batch(batch)[0], images.device))
-        scores.append(candidates(outputs)[1].cpu())
-    ranked = torch.cat(scores).sort(descending=True).values
-    kept = 0
-    for count in CANDIDATES:
-        cfg.TEST.SCORE_THRESH = float(ranked[min(count * number, len(ranked) - 1)])
-        with precision(images.device, amp):
-            found = [d for b in tried for d in detect_batch(model, images.batch(b)[0])]
-        kept = np.mean([min(len(d.scores), limit) for d in found])
-        if kept >= 0.98 * limit:
-            cfg.freeze()
-            return
-    raise UserError(
-        f"this model keeps {kept:.0f} detections an image at most, not {limit}: raise "
-        "TEST.RPN_POST_NMS_TOP_N or lower TEST.DETECTIONS_PER_IM"
-    )
 
 
 def _one_batch_of_each_size(

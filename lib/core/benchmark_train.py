@@ -24,6 +24,7 @@ import utils.blob as blob_utils
 import utils.net as net_utils
 from core.benchmark import synchronize, timing_of
 from core.benchmark_models import (
+    PRECISIONS,
     Rate,
     Scene,
     draw_batches,
@@ -50,7 +51,6 @@ BATCHES = 4  # different ones, in turn
 NEAR = 72
 # Random weights: steps so small that they stay as they are.
 LEARNING_RATE = 1e-5
-PRECISIONS = {"off": "fp32 (TF32 on GPUs)", "bf16": "bf16", "fp16": "fp16"}
 
 
 class Trainer(Protocol):
@@ -126,7 +126,7 @@ class TorchvisionTrainer:
     ) -> None:
         torch.manual_seed(cfg.RNG_SEED)
         self.device, self._amp = device, amp
-        self.model = torchvision_model().to(device).train()
+        self.model = torchvision_model(*_sides()).to(device).train()
         if amp != "off":
             self.model = self.model.to(memory_format=torch.channels_last)
         if hasattr(self.model, "rpn"):
@@ -283,7 +283,7 @@ def train_rates(device: torch.device, cases: TrainCases) -> Iterator[Rate]:
     """
     prepare_device(device)
     who = {"ours": OwnTrainer}
-    if torchvision_model() is not None:
+    if torchvision_model(*_sides()) is not None:
         who["torchvision"] = TorchvisionTrainer
     for batch_size in cases.batch_sizes:
         batches = draw_scenes(batch_size)
@@ -318,6 +318,10 @@ def profile_steps(device: torch.device, cases: TrainCases, steps: int = 4) -> st
         trainer.steps(steps)
     key = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
     return found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=70)
+
+
+def _sides() -> tuple[int, int]:
+    return cfg.TRAIN.SCALES[0], cfg.TRAIN.MAX_SIZE
 
 
 def draw_scenes(batch_size: int) -> list[list[Scene]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import benchmark as script
-from core import benchmark_test
+from core import benchmark_models, benchmark_test
 from core.errors import UserError
 from datasets.dataset_catalog import resolve_dataset
 from datasets.demo_shapes import make_demo_data
@@ -53,7 +53,7 @@ def test_repeated_images_keep_their_annotations(demo_data, cfg, tmp_path):
 
 
 def test_a_model_that_finds_too_little_is_said(demo_data, cfg, monkeypatch):
-    monkeypatch.setattr(benchmark_test, "CANDIDATES", (1,))
+    monkeypatch.setattr(benchmark_models, "CANDIDATES", (1,))
     name = benchmark_test.configure(str(demo_data), CONFIG, SMALL)
     with pytest.raises(UserError, match="not 10: raise TEST.RPN_POST_NMS_TOP_N"):
         benchmark_test.benchmark_test(
