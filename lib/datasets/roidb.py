@@ -32,7 +32,8 @@ def combined_roidb_for_training(
     images of a single data set may be shared out among several files.
 
     Returns (roidb, ratio_list, ratio_index): the last two as `rank_for_training` says.
-    Raises UserError for missing or wrong files and if no image is left.
+    Raises UserError for missing or wrong files, if no image is left, and if a mask model gets no
+    mask.
     """
     names = (dataset_names,) if isinstance(dataset_names, str) else tuple(dataset_names)
     files = (proposal_files,) if isinstance(proposal_files, str) else tuple(proposal_files)
@@ -52,6 +53,11 @@ def combined_roidb_for_training(
         raise UserError(
             f"no image of {', '.join(names)} has an object to train on; check the annotations "
             "(the log says why images were dropped)"
+        )
+    if cfg.MODEL.MASK_ON and not any(any(entry["segms"]) for entry in roidb):
+        raise UserError(
+            f"no object of {', '.join(names)} has a mask to train MODEL.MASK_ON with; annotate "
+            "segmentations or set MODEL.MASK_ON False"
         )
     ratio_list, ratio_index = rank_for_training(roidb)
     return roidb, ratio_list, ratio_index

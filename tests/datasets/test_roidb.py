@@ -140,6 +140,16 @@ def test_no_image_left(tiny_files, tiny_dataset):
         combined_roidb_for_training(tiny_dataset.train_names)
 
 
+def test_mask_models_need_a_mask(cfg, tiny_files, tiny_dataset):
+    cfg.MODEL.MASK_ON = True
+    assert combined_roidb_for_training(tiny_dataset.train_names)[0]
+    tiny_files.edit(lambda d: [a.update(segmentation=[]) for a in d["annotations"]])
+    with pytest.raises(UserError, match="no object of tiny has a mask .* MODEL.MASK_ON False"):
+        combined_roidb_for_training(tiny_dataset.train_names)
+    cfg.MODEL.MASK_ON = False
+    assert combined_roidb_for_training(tiny_dataset.train_names)[0]
+
+
 def test_no_data_set():
     with pytest.raises(UserError, match="no training data set"):
         combined_roidb_for_training(())
