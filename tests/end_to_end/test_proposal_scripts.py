@@ -15,6 +15,7 @@ import yaml
 from test_scripts import ROOT, run
 
 from core.config import reset_cfg
+from scripts import test_net_script
 
 RPN = ROOT / "configs/demo/overfit_rpn_R-50-FPN_gn.yaml"
 FAST = ROOT / "configs/demo/overfit_fast_rcnn_R-50-FPN_gn.yaml"
@@ -107,7 +108,9 @@ def main(cfg, home, monkeypatch, capsys, caplog):
     def main(script: str, *args: object) -> tuple[int, str]:
         reset_cfg()
         caplog.clear()
-        code = importlib.import_module(script).main([str(arg) for arg in args])
+        # By the name test_net, the tests of utils.net would be found.
+        found = test_net_script if script == "test_net" else importlib.import_module(script)
+        code = found.main([str(arg) for arg in args])
         return code, caplog.text + capsys.readouterr().err
 
     yield main
