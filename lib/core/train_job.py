@@ -263,7 +263,8 @@ def warn_of_random_frozen_layers() -> None:
     if cfg.MODEL.CONV_BODY.startswith("VGG"):
         logger.warning(
             "no weights are loaded, yet the first layers of %s are always frozen and stay random: "
-            "name ImageNet weights in RESNETS.IMAGENET_PRETRAINED_WEIGHTS",
+            "set MODEL.LOAD_IMAGENET_PRETRAINED_WEIGHTS True, RESNETS.IMAGENET_PRETRAINED_WEIGHTS "
+            "naming the file",
             cfg.MODEL.CONV_BODY,
         )
     elif cfg.RESNETS.FREEZE_AT > 0:
