@@ -1,4 +1,4 @@
-"""Test a trained network on a data set: detections, COCO results, average precision.
+"""Test a trained network on a data set: detections, average precision, report.html.
 
 Exit codes: 0 tested; 1 tested, but not as EXPECTED_RESULTS; 2 bad input, said in a sentence; 143
 ended by SIGTERM. The same command goes on with an interrupted test; torchrun's processes share it.
@@ -23,6 +23,7 @@ from core.config import (
 )
 from core.errors import UserError, exit_on_user_error
 from core.test_engine import Results, run_inference, score_detections
+from core.test_report import write_reports
 from core.test_results import stored_config
 from core.train_engine import AMP_DTYPES
 from datasets.dataset_catalog import resolve_dataset
@@ -71,9 +72,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vis", action="store_true", help="draw the detections (PDF) as well")
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is any")
     parser.add_argument("--bs", type=int, default=1, help="images a forward pass (default 1)")
-    parser.add_argument(
-        "--amp", choices=tuple(AMP_DTYPES), default="off", help="mixed precision (default off)"
-    )
+    amp = {"choices": tuple(AMP_DTYPES), "default": "off"}
+    parser.add_argument("--amp", help="mixed precision (default off)", **amp)
     args = parser.parse_args(argv)
     if args.bs < 1:
         raise UserError(f"--bs {args.bs} is not a number of images: give 1 or more.")
@@ -119,7 +119,9 @@ def main(argv: list[str] | None = None) -> int:
     configure(args)
     if args.eval_only:
         folder = args.output_dir or Path(args.eval_only).absolute().parent
-        return exit_code(score_detections(args.eval_only, folder))
+        results = score_detections(args.eval_only, folder)
+        write_reports(folder, args.eval_only)
+        return exit_code(results)
     if args.output_dir is None:
         weights = args.load_ckpt or args.load_detectron
         args.output_dir = (
@@ -138,6 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     ranks.join(launch)
     results = run_inference(args, ind_range=tuple(args.range) if args.range else None)
     ranks.leave()
+    if results:  # of a whole test, in its first process
+        write_reports(args.output_dir)
     return exit_code(results)
 
 

@@ -35,12 +35,20 @@ def evaluate_boxes(dataset: JsonDataset, all_boxes: Sequence, output_dir: Path) 
 
     Returns the COCOeval, None if the data set has no annotations (test sets of a server).
     """
-    results = [
+    return _evaluate(dataset, _box_results(dataset, all_boxes), "bbox", output_dir)
+
+
+def score_boxes(dataset: JsonDataset, all_boxes: Sequence) -> COCOeval:
+    """As evaluate_boxes, without writing anything."""
+    return _score(dataset, _box_results(dataset, all_boxes), "bbox")
+
+
+def _box_results(dataset: JsonDataset, all_boxes: Sequence) -> list[dict]:
+    return [
         {"bbox": box, "score": score, **ids}
         for boxes, ids in _per_image(dataset, all_boxes)
         for box, score in _xywh_and_scores(boxes)
     ]
-    return _evaluate(dataset, results, "bbox", output_dir)
 
 
 def evaluate_masks(

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # data set -> task -> metric -> value
 Results = OrderedDict[str, OrderedDict[str, OrderedDict[str, float]]]
 
-_METRICS = {
+METRICS = {
     "box": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
     "mask": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
     "keypoint": ("AP", "AP50", "AP75", "APm", "APl"),
@@ -47,7 +47,7 @@ def evaluate_all(
     """
     output_dir = Path(output_dir)
     scores: OrderedDict[str, OrderedDict[str, float]] = OrderedDict()
-    if voc_dataset_evaluator.is_voc(dataset) and not cfg.TEST.FORCE_JSON_DATASET_EVAL:
+    if scored_as_voc(dataset):
         aps = voc_dataset_evaluator.evaluate_boxes(dataset, all_boxes, output_dir)
         scores["box"] = _metrics("box", None)
         scores["box"]["AP50"] = voc_dataset_evaluator.mean_ap(aps)
@@ -68,8 +68,13 @@ def evaluate_all(
     return results
 
 
+def scored_as_voc(dataset: JsonDataset) -> bool:
+    """Whether boxes are scored by Pascal VOC's metric and not COCO's."""
+    return voc_dataset_evaluator.is_voc(dataset) and not cfg.TEST.FORCE_JSON_DATASET_EVAL
+
+
 def _metrics(task: str, coco_eval: COCOeval | None) -> OrderedDict[str, float]:
-    names = _METRICS[task]
+    names = METRICS[task]
     values = [-1.0] * len(names) if coco_eval is None else coco_eval.stats[: len(names)]
     return OrderedDict((name, float(value)) for name, value in zip(names, values, strict=True))
 
