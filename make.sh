@@ -124,7 +124,11 @@ run_tests() {
     "$PY" -m ruff check .
     "$PY" -m ruff format --check .
     say "pytest"
-    "$PY" -m pytest "$@"
+    # A process a core, each of one thread: most tests are too small to share out.
+    local cores
+    cores=$(nproc)
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$PY" -m pytest -n $((cores < 8 ? cores : 8)) \
+        --dist loadfile "$@"
 }
 
 run_demo() {

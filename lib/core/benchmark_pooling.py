@@ -42,7 +42,7 @@ def pooling_rows(
             device,
         )
 
-    shared = channels // CELLS**2 * CELLS**2  # a multiple of the cells
+    shared = max(1, channels // CELLS**2) * CELLS**2  # a multiple of the cells
     peers = torchvision.ops
     cases: list[tuple[str, int, Callable, Callable | None]] = [
         (

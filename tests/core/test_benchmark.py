@@ -29,6 +29,16 @@ def quick(monkeypatch):
     monkeypatch.setattr(benchmark, "COPY_BYTES", {"cuda": 1 << 20, "cpu": 1 << 20})
 
 
+# torchvision has nothing like them.
+WITHOUT_PEER = (
+    "polygons_to_masks",
+    "image_batch",
+    "roi_crop fwd+bwd",
+    "batched_soft_nms",
+    "box_voting",
+)
+
+
 def test_every_row_of_the_full_benchmark_can_be_measured():
     device = torch.device("cuda") if torch.cuda.is_available() else CPU
     rows = list(ops_rows(device, TINY))
@@ -39,7 +49,7 @@ def test_every_row_of_the_full_benchmark_can_be_measured():
     for row in rows:
         assert row.ours.median > 0
         compared = row.as_dict(1e9)["speedup"]
-        assert compared or row.name in ("polygons_to_masks", "image_batch"), row.name
+        assert compared or row.name in WITHOUT_PEER, row.name
     bf16 = [row for row in rows if "bfloat16" in row.case]
     assert all("no bfloat16" in row.note and "torchvision float32" in row.peers for row in bf16)
     assert "roi_align fwd+bwd" in format_rows(rows, 1e9)
@@ -62,7 +72,7 @@ def test_the_floor_counts_each_sampled_pixel_once():
     read, written, boxes = 9 * 5 * 4, 2 * 5 * 4 * 4, 2 * 5 * 4
     assert forward == read + written + boxes
     maps = 5 * 4 * (16**2 + 8**2 + 4**2 + 2**2)
-    assert both == forward + written + maps + 2 * read
+    assert both == forward + written + maps
 
 
 def test_rows_state_speed_up_and_share_of_the_floor():
