@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.eval_only:
         folder = args.output_dir or Path(args.eval_only).absolute().parent
         results = score_detections(args.eval_only, folder)
-        write_reports(folder, args.eval_only)
+        write_reports(results, folder, args.eval_only)
         return exit_code(results)
     if args.output_dir is None:
         weights = args.load_ckpt or args.load_detectron
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     results = run_inference(args, ind_range=tuple(args.range) if args.range else None)
     ranks.leave()
     if results:  # of a whole test, in its first process
-        write_reports(args.output_dir)
+        write_reports(results, args.output_dir)
     return exit_code(results)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -12,28 +13,36 @@ from core.test_results import DETECTIONS_FILE, load_detections
 from datasets import json_dataset_evaluator
 from datasets.json_dataset import JsonDataset
 from datasets.report import Detections, write_report
-from datasets.task_evaluation import scored_as_voc
+from datasets.task_evaluation import Results, scored_as_voc
+from utils.weights import atomic_write
 
 REPORT_FILE = "report.html"
+METRICS_FILE = "metrics.json"
 
 
-def write_reports(output_dir: str | Path, detections: str | Path | None = None) -> list[Path]:
-    """Write `report.html` for each data set of cfg.TEST.DATASETS that has been scored.
+def write_reports(
+    results: Results, output_dir: str | Path, detections: str | Path | None = None
+) -> list[Path]:
+    """Write `metrics.json` (results, for tools/compare_runs.py) for the data sets of
+    cfg.TEST.DATASETS and `report.html` for those that have been scored.
 
     Args:
+        results: data set -> task -> metric -> value.
         output_dir: where the tests' results are, in folders of the data sets if there are several.
         detections: the detections file, if it is not in output_dir.
 
     Returns:
-        the files. None for models without detections or data without annotations.
+        the reports. None for models without detections or data without annotations.
     """
     written = []
-    names = () if cfg.MODEL.RPN_ONLY else cfg.TEST.DATASETS
+    names = cfg.TEST.DATASETS
     for name in names:
-        dataset = JsonDataset(name)
-        if not dataset.has_annotations:
-            continue
         folder = Path(output_dir) / name if len(names) > 1 else Path(output_dir)
+        with atomic_write(folder / METRICS_FILE) as file:
+            file.write(json.dumps({name: results[name]}, indent=2).encode())
+        dataset = JsonDataset(name)
+        if cfg.MODEL.RPN_ONLY or not dataset.has_annotations:
+            continue
         found, _ = load_detections(detections or folder / DETECTIONS_FILE)
         evaluations, notes = _evaluations(dataset, found.all_boxes, folder)
         shown = Detections(

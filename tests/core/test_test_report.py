@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -36,7 +38,7 @@ def test_voc_has_a_report_with_coco_metrics(bccd, tmp_path):
     assert results[bccd.name]["box"]["AP50"] == pytest.approx(1.0)
     # Not this data set's numbers, as a folder used before may have them.
     (tmp_path / "out/detection_results.pkl").write_bytes(b"of another test")
-    (file,) = write_reports(tmp_path / "out", tmp_path / DETECTIONS_FILE)
+    (file,) = write_reports(results, tmp_path / "out", tmp_path / DETECTIONS_FILE)
     html = file.read_text()
     assert file == tmp_path / "out/report.html"
     assert "own metric" in html
@@ -44,6 +46,8 @@ def test_voc_has_a_report_with_coco_metrics(bccd, tmp_path):
         assert f">{name}</td>" in html
 
 
-def test_models_without_detections_have_none(bccd, cfg, tmp_path):
+def test_models_without_detections_leave_their_numbers(bccd, cfg, tmp_path):
     cfg.MODEL.RPN_ONLY = True
-    assert write_reports(tmp_path) == []
+    results = {bccd.name: {"box_proposal": {"AR@100": 0.5}}}
+    assert write_reports(results, tmp_path) == []
+    assert json.loads((tmp_path / "metrics.json").read_text()) == results

@@ -85,6 +85,9 @@ def test_testing_writes_detections_and_scores(home):
         (file,) = folder.glob(f"{task}_*_results.json")
         assert isinstance(json.loads(file.read_text()), list)
     assert "AP50" in done.stdout
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics["demo_val"]) == ["box", "mask"]
+    assert "<h2>Misses</h2>" in (folder / "report.html").read_text()
 
 
 def test_inference_draws_every_image_and_merges_the_pages(home):
