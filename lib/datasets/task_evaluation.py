@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from core.config import cfg
 from core.errors import UserError
-from datasets import json_dataset_evaluator, voc_dataset_evaluator
+from datasets import cityscapes_evaluator, json_dataset_evaluator, voc_dataset_evaluator
 from datasets.box_proposal_evaluator import average_recalls
 from datasets.entry import RoidbEntry
 from datasets.json_dataset import JsonDataset
@@ -39,7 +39,8 @@ def evaluate_all(
     """Score boxes and, as the model has them (MODEL.MASK_ON, KEYPOINTS_ON), masks and keypoints.
 
     Pascal VOC (`voc_...` and folders of its layout) has its own metric for boxes: mean AP at IoU
-    > .5, as AP50, the other metrics -1. TEST.FORCE_JSON_DATASET_EVAL scores it by COCO's rules.
+    > .5, as AP50, the other metrics -1. Masks of `cityscapes_...` have Cityscapes' own metric.
+    TEST.FORCE_JSON_DATASET_EVAL scores both by COCO's rules.
 
     Detections as datasets.json_dataset_evaluator says. Result files go to output_dir.
     Returns {dataset.name: {'box': {'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl'}, 'mask': the same,
@@ -56,8 +57,15 @@ def evaluate_all(
         coco_eval = json_dataset_evaluator.evaluate_boxes(dataset, all_boxes, output_dir)
         scores["box"] = _metrics("box", coco_eval)
     if cfg.MODEL.MASK_ON:
-        coco_eval = json_dataset_evaluator.evaluate_masks(dataset, all_boxes, all_segms, output_dir)
-        scores["mask"] = _metrics("mask", coco_eval)
+        if cityscapes_evaluator.is_cityscapes(dataset) and not cfg.TEST.FORCE_JSON_DATASET_EVAL:
+            scores["mask"] = _metrics("mask", None)
+            found = cityscapes_evaluator.evaluate_masks(dataset, all_boxes, all_segms, output_dir)
+            scores["mask"].update(found or {})
+        else:
+            coco_eval = json_dataset_evaluator.evaluate_masks(
+                dataset, all_boxes, all_segms, output_dir
+            )
+            scores["mask"] = _metrics("mask", coco_eval)
     if cfg.MODEL.KEYPOINTS_ON:
         coco_eval = json_dataset_evaluator.evaluate_keypoints(
             dataset, all_boxes, all_keyps, output_dir
