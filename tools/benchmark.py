@@ -13,6 +13,7 @@ import torch
 import _init_paths  # noqa: F401  (puts lib/ on the path)
 from core import (
     benchmark_data,
+    benchmark_eval,
     benchmark_infer,
     benchmark_memory,
     benchmark_models,
@@ -61,6 +62,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     test.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is any")
     test.set_defaults(run=run_test)
 
+    scoring = commands.add_parser("eval", help="COCO's metrics beside pycocotools")
+    scoring.add_argument("--dataset", required=True, help="a name, a YAML file or ANN.json:IMAGES")
+    scoring.add_argument(
+        "--images", type=int, default=5000, help="the data set repeated to as many"
+    )
+    scoring.set_defaults(run=run_eval)
+
     train = commands.add_parser("train", help="whole training steps beside torchvision's")
     train.add_argument("--batches", type=int, nargs="+", default=[2, 8, 16], help="images a batch")
     train.add_argument("--amp", choices=tuple(AMP_DTYPES), nargs="+", default=["off", "bf16"])
@@ -78,7 +86,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--cfg", default=MASK_RCNN, help="default: Mask R-CNN R-50-FPN")
         command.add_argument("--set", dest="set_cfgs", nargs="+", default=[], metavar="K V")
         command.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is any")
-    for command in (ops, data, memory, test, train, infer):
+    for command in (ops, data, memory, test, scoring, train, infer):
         command.add_argument("--output", type=Path, help="also write the results here (JSON)")
     return parser.parse_args(argv)
 
@@ -141,6 +149,14 @@ def run_test(args: argparse.Namespace) -> dict[str, Any]:
     )
     print(found.table())
     return {"environment": facts, **found.as_dict()}
+
+
+def run_eval(args: argparse.Namespace) -> dict[str, Any]:
+    require_positive(args, "images")
+    facts = print_facts(torch.device("cpu"))
+    times = list(benchmark_eval.measure(args.dataset, args.images))
+    print(benchmark_eval.table(times))
+    return {"environment": facts, "images": args.images, "rows": [t.as_dict() for t in times]}
 
 
 def run_train(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,9 @@ import numpy as np
 
 import utils.segms as segm_utils
 from core.benchmark_test import repeat_dataset
+from core.errors import UserError
 from datasets import coco_scoring
+from datasets.dataset_catalog import resolve_dataset
 from datasets.json_dataset import JsonDataset
 
 FOUND = 0.9  # share of the objects that are found
@@ -40,13 +42,17 @@ class EvaluationTime:
         return asdict(self) | {"share": self.fast_seconds / self.reference_seconds}
 
 
-def measure(dataset_name: str, num_images: int, seed: int = 0) -> Iterator[EvaluationTime]:
+def measure(spec: str, num_images: int, seed: int = 0) -> Iterator[EvaluationTime]:
     """Time both evaluators on boxes and, where there are any, masks and keypoints.
 
-    dataset_name: its images, repeated to num_images, are the ground truth.
+    spec: as --dataset; its test images, repeated to num_images, are the ground truth.
+    Raises UserError if it names none.
     """
+    names = resolve_dataset(spec).test_names
+    if not names:
+        raise UserError(f"--dataset {spec} names no images to test on: add val: to it.")
     with tempfile.TemporaryDirectory() as folder:
-        dataset = repeat_dataset(JsonDataset(dataset_name), num_images, Path(folder))
+        dataset = repeat_dataset(JsonDataset(names[0]), num_images, Path(folder))
         for kind, results in synthesise(dataset, np.random.default_rng(seed)).items():
             if results:
                 yield _compare(dataset, kind, results)

@@ -128,8 +128,8 @@ def _by_library(
     fast_truth.createIndex()
     if not results:
         found = _without_annotations(FastCOCO(), truth)
-    elif kind == "segm":
-        # Its loadRes also finds the masks' boxes, one at a time; only areas are needed.
+    elif kind in ("bbox", "segm"):
+        # Its loadRes makes polygons of boxes and boxes of masks; only areas are needed.
         found = FastCOCO()
         found.dataset = truth.dataset | {"annotations": _with_areas(results)}
         found.createIndex()
@@ -168,16 +168,19 @@ def _without_annotations(empty: Any, truth: COCO) -> Any:
 
 
 def _with_areas(results: Sequence[dict]) -> list[dict]:
-    """Results of masks as annotations: with id, area, and no crowds."""
-    rles = [result["segmentation"] for result in results]
-    areas = np.concatenate(
-        [
-            mask_util.area(rles[begin : begin + _MASKS_AT_ONCE])
-            for begin in range(0, len(rles), _MASKS_AT_ONCE)
-        ]
-    ).tolist()
+    """Results of boxes or masks as annotations: with id, area, and no crowds."""
+    if "bbox" in results[0]:
+        areas = [result["bbox"][2] * result["bbox"][3] for result in results]
+    else:
+        rles = [result["segmentation"] for result in results]
+        areas = np.concatenate(
+            [
+                mask_util.area(rles[begin : begin + _MASKS_AT_ONCE])
+                for begin in range(0, len(rles), _MASKS_AT_ONCE)
+            ]
+        ).tolist()
+    no_box = {"bbox": [0, 0, 0, 0]}  # that of a mask is not used
     return [
-        # The box of a mask is not used.
-        {**result, "id": i, "area": area, "bbox": [0, 0, 0, 0], "iscrowd": 0}
+        {**no_box, **result, "id": i, "area": area, "iscrowd": 0}
         for i, (result, area) in enumerate(zip(results, areas, strict=True), start=1)
     ]
