@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import pytest
@@ -64,6 +67,14 @@ def test_the_script_prints_and_draws(runs, tmp_path, capsys):
 
 def test_one_run_alone_is_named_by_its_folder(runs):
     assert text_table(read_runs(runs[:1])).splitlines()[0].split() == ["a"]
+
+
+def test_the_script_fails_with_a_sentence(tmp_path):
+    script = Path(__file__).resolve().parents[2] / "tools/compare_runs.py"
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "log.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
