@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import benchmark as script
-from core import benchmark
+from core import benchmark, benchmark_commands
 from core.benchmark import Row, Timing, format_rows, measure
 from core.benchmark_ops import FULL, SMALL, draw_boxes, ops_rows
 from core.benchmark_roi_align import _Case
@@ -99,7 +99,7 @@ def run(monkeypatch, *args):
 
 
 def test_the_script_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "SMALL", replace(TINY, dtypes=SMALL.dtypes))
+    monkeypatch.setattr(benchmark_commands, "SMALL", replace(TINY, dtypes=SMALL.dtypes))
     file = tmp_path / "ops.json"
     assert run(monkeypatch, "ops", "--device", "cpu", "--output", file) == 0
     printed = capsys.readouterr().out

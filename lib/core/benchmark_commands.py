@@ -1,0 +1,137 @@
+"""What each sub-command of `tools/benchmark.py` does: measure, print a table, return the report."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from core import (
+    benchmark_data,
+    benchmark_eval,
+    benchmark_infer,
+    benchmark_memory,
+    benchmark_models,
+    benchmark_test,
+    benchmark_train,
+)
+from core.benchmark import REPEATS, WARM_UP, copy_bandwidth, describe, format_rows
+from core.benchmark_ops import FULL, SMALL, ops_rows
+from core.errors import UserError
+from utils.device import pick_devices
+from utils.progress import Progress
+
+
+def run_ops(args: argparse.Namespace) -> dict[str, Any]:
+    device = pick_devices(args.device)[0]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    facts = print_facts(device)
+    bandwidth = copy_bandwidth(device)
+    print(f"memory bandwidth (copy, read + written): {bandwidth / 1e12:.3f} TB/s")
+    print(f"median ms of {REPEATS[0]} to {REPEATS[1]} calls after {WARM_UP} to warm up")
+    rows = list(ops_rows(device, FULL if device.type == "cuda" else SMALL))
+    print(format_rows(rows, bandwidth))
+    return {
+        "environment": facts,
+        "warm_up": WARM_UP,
+        "copy_bandwidth_bytes_per_s": bandwidth,
+        "rows": [row.as_dict(bandwidth) for row in rows],
+    }
+
+
+def run_data(args: argparse.Namespace) -> dict[str, Any]:
+    require_positive(args, "images", "bs")
+    processes = tuple(args.processes or benchmark_data.default_processes())
+    if min(processes) < 1:
+        raise UserError(f"--processes must be at least 1, not {min(processes)}")
+    settings = benchmark_data.DataSettings(processes, args.images, args.bs)
+    facts = print_facts(pick_devices(None)[0])
+    roidb = benchmark_data.configure(args.dataset, settings)
+    print(f"median ms of an image (collate, pin: of a batch), {len(roidb)} images in turn")
+    rows = list(benchmark_data.stage_rows(roidb, settings))
+    print(format_rows(rows, 1.0))
+    with Progress(len(processes), "measurements") as progress:
+        rates = []
+        for number in processes:
+            rates.append(benchmark_data.rate(roidb, settings, number))
+            progress.advance()
+    print(benchmark_data.format_rates(rates))
+    return {"environment": facts, **benchmark_data.report(rows, rates, settings)}
+
+
+def run_memory(args: argparse.Namespace) -> dict[str, Any]:
+    require_positive(args, "images", "objects", "processes", "epochs")
+    settings = benchmark_memory.MemorySettings(
+        args.images, args.objects, args.processes, args.epochs
+    )
+    report = benchmark_memory.measure_memory(settings, print)
+    print("\n".join(benchmark_memory.report_lines(report)))
+    return {"environment": describe(torch.device("cpu")), **report}
+
+
+def run_test(args: argparse.Namespace) -> dict[str, Any]:
+    require_positive(args, "images", "bs")
+    name = benchmark_test.configure(args.dataset, args.cfg, args.set_cfgs)
+    device = pick_devices(args.device)[0]
+    facts = print_facts(device)
+    found = benchmark_test.benchmark_test(
+        name, device, num_images=args.images, batch_size=args.bs, amp=args.amp
+    )
+    print(found.table())
+    return {"environment": facts, **found.as_dict()}
+
+
+def run_eval(args: argparse.Namespace) -> dict[str, Any]:
+    require_positive(args, "images")
+    facts = print_facts(torch.device("cpu"))
+    times = list(benchmark_eval.measure(args.dataset, args.images))
+    print(benchmark_eval.table(times))
+    return {"environment": facts, "images": args.images, "rows": [t.as_dict() for t in times]}
+
+
+def run_train(args: argparse.Namespace) -> dict[str, Any]:
+    if min(*args.batches, args.steps - 1) < 1:
+        raise UserError("--batches must be at least 1 and --steps at least 2")
+    benchmark_models.configure(args.cfg, args.set_cfgs)
+    device = pick_devices(args.device)[0]
+    facts = print_facts(device)
+    cases = benchmark_train.TrainCases(
+        tuple(args.batches), tuple(args.amp), args.compile, args.steps
+    )
+    rates = list(benchmark_train.train_rates(device, cases))
+    print(benchmark_models.format_rates(rates))
+    if args.profile:
+        print(benchmark_train.profile_steps(device, cases))
+    return {"environment": facts, "settings": asdict(cases), "rows": [r.as_dict() for r in rates]}
+
+
+def run_infer(args: argparse.Namespace) -> dict[str, Any]:
+    device = pick_devices(args.device)[0]
+    usual = ([1, 8], ["off", "bf16"], 10) if device.type == "cuda" else ([1], ["off"], 3)
+    batches, amp, rounds = (
+        given if given is not None else value
+        for given, value in zip((args.batches, args.amp, args.rounds), usual, strict=True)
+    )
+    if min(*batches, rounds - 1) < 1:
+        raise UserError("--batches must be at least 1 and --rounds at least 2")
+    benchmark_models.configure(args.cfg, args.set_cfgs)
+    facts = print_facts(device)
+    cases = benchmark_infer.InferCases(tuple(batches), tuple(amp), rounds)
+    rates = list(benchmark_infer.infer_rates(device, cases))
+    print(benchmark_models.format_rates(rates))
+    return {"environment": facts, "settings": asdict(cases), "rows": [r.as_dict() for r in rates]}
+
+
+def require_positive(args: argparse.Namespace, *flags: str) -> None:
+    for flag in flags:
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+
+
+def print_facts(device: torch.device) -> dict[str, Any]:
+    facts = describe(device)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    return facts
