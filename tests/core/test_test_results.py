@@ -88,6 +88,7 @@ def test_the_truth_in_detectron_s_file_scores_one_in_everything(people, cfg, tmp
 
     def remember(*args):
         scores.update(score_detections(*args))
+        return scores
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "score_detections", remember)
@@ -96,7 +97,7 @@ def test_the_truth_in_detectron_s_file_scores_one_in_everything(people, cfg, tmp
     assert set(tasks) == {"box", "mask", "keypoint"}
     for metrics in tasks.values():
         assert metrics["AP"] == pytest.approx(1.0, abs=1e-9)
-    names = sorted(p.name for p in tmp_path.glob("*.json"))
+    names = sorted(p.name for p in tmp_path.glob("*_results.json"))
     suffix = f"{dataset.name}_results.json"
     assert names == [f"{kind}_{suffix}" for kind in ("bbox", "keypoints", "segmentations")]
 

@@ -80,6 +80,7 @@ def home(shared, tmp_path_factory) -> Path:
 def test_an_rpn_leaves_proposals_and_their_recall(home):
     folder = home / "rpn/test"
     assert sorted(p.name for p in folder.iterdir()) == [
+        "metrics.json",
         "rpn_proposal_recall.pkl",
         "rpn_proposals.pkl",
     ]
