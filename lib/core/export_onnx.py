@@ -153,8 +153,7 @@ class _Pooling(nn.Module):
         self.roi_xform, self.spatial_scale = head.roi_xform, head.spatial_scale
         self.pooling = head.pooling
 
-    def forward(self, x: list[Tensor] | Tensor, rpn_ret: dict[str, Tensor]) -> Tensor:
-        return self.roi_xform(x, rpn_ret, spatial_scale=self.spatial_scale, **self.pooling)
+    forward = RoIHead.pool
 
 
 def onnx_model(folder: Path) -> nn.Module:

@@ -293,8 +293,9 @@ def _check_supported(proposals: Sequence[np.ndarray] | None) -> None:
     makes_its_own = cfg.MODEL.FASTER_RCNN or cfg.RETINANET.RETINANET_ON
     if not makes_its_own and proposals is None:
         raise UserError(
-            "this model has no RPN (MODEL.FASTER_RCNN False): give it proposals, box_proposals of "
-            "an image or TEST.PROPOSAL_FILES of a data set."
+            "this model has no RPN (MODEL.FASTER_RCNN False) and detects on proposals only: in "
+            "Python im_detect_all(..., box_proposals), for a data set tools/test_net.py with "
+            "TEST.PROPOSAL_FILES."
         )
 
 

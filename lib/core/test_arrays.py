@@ -151,11 +151,7 @@ def im_detect_mask_aug(
 
     im_scale, blob_conv: of the plain view, as im_detect_bbox_aug returns them.
     """
-    net, images = _one_image(model, im)
-    given, image = _boxes(boxes, images.device)
-    scales = torch.tensor([im_scale], dtype=torch.float64, device=images.device)
-    features = Features(images, blob_conv, scales)
-    return mask_maps(net, given, image, features).cpu().numpy()
+    return mask_maps(*_boxes_and_maps(model, im, boxes, im_scale, blob_conv)).cpu().numpy()
 
 
 def im_detect_mask_hflip(
@@ -191,11 +187,7 @@ def im_detect_keypoints_aug(
 ) -> np.ndarray:
     """(R, K, S, S) keypoint logits of boxes (R, 4), combined as TEST.KPS_AUG says; arguments as
     for im_detect_mask_aug."""
-    net, images = _one_image(model, im)
-    given, image = _boxes(boxes, images.device)
-    scales = torch.tensor([im_scale], dtype=torch.float64, device=images.device)
-    features = Features(images, blob_conv, scales)
-    return keypoint_maps(net, given, image, features).cpu().numpy()
+    return keypoint_maps(*_boxes_and_maps(model, im, boxes, im_scale, blob_conv)).cpu().numpy()
 
 
 def im_detect_keypoints_hflip(
@@ -270,6 +262,15 @@ def _boxes_in_view(
     given, image = _boxes(boxes, images.device)
     _, _, blob_conv, rois = next(boxes_in_views(net, given, image, images, [view]))
     return net, blob_conv, rois
+
+
+def _boxes_and_maps(
+    model: nn.Module, im: np.ndarray, boxes: np.ndarray, im_scale: float, blob_conv: Any
+) -> tuple[nn.Module, Tensor, Tensor, Features]:
+    """The network, boxes (R, 4), their image indices (R,), and the plain view's feature maps."""
+    net, images = _one_image(model, im)
+    scales = torch.tensor([im_scale], dtype=torch.float64, device=images.device)
+    return net, *_boxes(boxes, images.device), Features(images, blob_conv, scales)
 
 
 def _rois(boxes: np.ndarray, im_scale: float, blob_conv: Any) -> Tensor:
