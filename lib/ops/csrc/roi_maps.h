@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace detectron {
+#include "dtype.h"
 
-enum class DType { f32, f64, f16, bf16 };
+namespace detectron {
 
 struct RoiMaps {
   static constexpr int kMaxLevels = 8;
