@@ -46,6 +46,7 @@ from roi_data.minibatch import MinibatchOptions, Sample, pack_minibatch
 from utils.training_stats import TrainingStats
 
 BATCHES = 4  # different ones, in turn
+WARM_UP = 3 * BATCHES  # steps; ours records the steps of each batch in them (core.train_graphs)
 # Boxes near the objects, an image: with the objects themselves and what an untrained RPN finds they
 # make about 80 foreground RoIs.
 NEAR = 72
@@ -56,8 +57,8 @@ LEARNING_RATE = 1e-5
 class Trainer(Protocol):
     """A model that can be trained on the benchmark's batches."""
 
-    def steps(self, count: int) -> list[float]:
-        """Train `count` steps; the milliseconds of each."""
+    def steps(self, count: int, warm_up: int = 0) -> list[float]:
+        """Train `count` steps after some to warm up; the milliseconds of each."""
 
     def counts(self) -> dict[str, float]:
         """Train one step; RoIs and foreground RoIs, means an image."""
@@ -84,8 +85,8 @@ class OwnTrainer:
             for b in batches
         ]
 
-    def steps(self, count: int) -> list[float]:
-        clock = _Clock(self.device)
+    def steps(self, count: int, warm_up: int = 0) -> list[float]:
+        clock, count = _Clock(self.device), count + warm_up
         # The loop asks for the rate when a step begins; the last of count + 1 has no end.
         settings = TrainSettings(count + 1, disp_interval=count + 2, amp=self._amp)
         train(
@@ -96,7 +97,7 @@ class OwnTrainer:
             settings,
             TrainingStats(count + 1, quiet=True),  # raises if a loss is not finite
         )
-        return clock.milliseconds()
+        return clock.milliseconds()[warm_up:]
 
     def counts(self) -> dict[str, float]:
         original, found = model_builder.sample_rois, []
@@ -138,15 +139,15 @@ class TorchvisionTrainer:
         self._batches = [pinned(_torchvision_batch(batch), device) for batch in batches]
         self._near: list[Tensor] = []
 
-    def steps(self, count: int) -> list[float]:
-        clock, losses = _Clock(self.device), []
+    def steps(self, count: int, warm_up: int = 0) -> list[float]:
+        clock, losses, count = _Clock(self.device), [], count + warm_up
         for step in range(count):
             clock(step)
             losses.append(self._step(step))
         clock(count)
         if not torch.stack(losses).isfinite().all():
             raise RuntimeError("torchvision's losses are not finite")
-        return clock.milliseconds()
+        return clock.milliseconds()[warm_up:]
 
     def counts(self) -> dict[str, float]:
         if not hasattr(self.model, "roi_heads"):
@@ -294,8 +295,7 @@ def train_rates(device: torch.device, cases: TrainCases) -> Iterator[Rate]:
                 fresh_memory(device)
                 trainer = kind(batches, device, amp, cases.compiled)
                 counts = trainer.counts()
-                trainer.steps(2 * BATCHES)
-                times = trainer.steps(cases.steps)
+                times = trainer.steps(cases.steps, WARM_UP)
                 title = PRECISIONS[amp] + " compiled" * cases.compiled
                 yield Rate(
                     name, title, batch_size, timing_of(times), peak_gib(device), counts, 1e3 * floor

@@ -178,6 +178,7 @@ MODEL = AttrDict(
     LOAD_IMAGENET_PRETRAINED_WEIGHTS=True,  # start the backbone from ImageNet weights
     UNSUPERVISED_POSE=False,  # kept for old configs
     COMPILE=False,  # training: compile backbone and heads with torch.compile
+    CUDA_GRAPHS=True,  # on one GPU: record the work for each shape of batch once, then replay it
 )
 
 RETINANET = AttrDict(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import UserError
+from core.train_graphs import on_training_stream
 
 # Host-side talk may wait for rank 0 to read annotations or to evaluate; a process that dies closes
 # its connections, which ends the wait at once.
@@ -118,8 +119,15 @@ def distribute(model: nn.Module) -> nn.Module:
         return model
     # It is said of 1x1 convolutions in channels_last: strides of sizes of 1, which mean nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    # Nothing but the frozen constants is a buffer: there is nothing to tell the others each step.
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with on_training_stream(next(model.parameters()).device):
+        # Nothing but the frozen constants is a buffer: there is nothing to tell the others each
+        # step.
+        distributed = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    # Every hundredth step it would read its clocks, which cannot be recorded (core.train_graphs).
+    distributed._set_ddp_runtime_logging_sample_rate(1 << 30)
+    return distributed
 
 
 def bare(model: nn.Module) -> nn.Module:

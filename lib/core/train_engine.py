@@ -21,10 +21,14 @@ from core.errors import UserError
 from core.failures import explained
 from core.signals import StopRequest
 from core.train_batches import batches_on_devices
+from core.train_graphs import Names, StepGraphs, StepValues, on_training_stream
 from nn.parallel import DataParallel
 from utils.training_stats import NonFiniteLossError, TrainingStats
 
 logger = logging.getLogger(__name__)
+
+# Passes after which DistributedDataParallel no longer rearranges or measures itself.
+DDP_WARM_UP = 12
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,6 +53,8 @@ class TrainSettings:
         notes: further entries of checkpoints.
         scale_momentum: with the two below, SOLVER.SCALE_MOMENTUM, _THRESHOLD and _TWICE.
         log_lr_change_threshold: a change of the rate by more than this factor is logged.
+        cuda_graphs: replay recorded steps (core.train_graphs) where one GPU does a step in one pass
+            without a loss scale.
     """
 
     max_iter: int
@@ -68,6 +74,7 @@ class TrainSettings:
     scale_momentum_threshold: float = 1.1
     scale_momentum_twice: bool = False
     log_lr_change_threshold: float = 1.1
+    cuda_graphs: bool = True
 
     @classmethod
     def from_solver(cls, solver: Any, **settings: Any) -> TrainSettings:
@@ -158,7 +165,7 @@ def train(
     model.train()
     step, signal = settings.start_step, 0
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, on_training_stream(model.devices[0]):
             batches = batches_on_devices(loader, model)
             for step in range(settings.start_step, settings.max_iter):
                 rate = learning_rate(step)
@@ -220,6 +227,12 @@ class _Loop:
         self._settings, self._stats = settings, stats
         self._evaluate, self._draw = evaluate, draw
         self._scaler = torch.amp.GradScaler(model.devices[0].type, enabled=settings.amp == "fp16")
+        self._graphs = None
+        one_gpu = len(model.devices) == 1 and model.devices[0].type == "cuda"
+        one_pass = settings.iter_size == 1 and not self._scaler.is_enabled()
+        if settings.cuda_graphs and one_gpu and one_pass:
+            warm_up = DDP_WARM_UP if ranks.world_size() > 1 else 0
+            self._graphs = StepGraphs(self._whole_step, optimizer, model.devices[0], warm_up)
         self._best: dict[str, Any] | None = None
         self._batch: Mapping[str, Any] = {}
         self._writer = None
@@ -242,31 +255,45 @@ class _Loop:
 
     def step(self, step: int, batches: Iterator[tuple[list[tuple], Mapping[str, Any]]]) -> None:
         """One update from `iter_size` passes; nothing in here waits for the device."""
-        settings, dtype = self._settings, AMP_DTYPES[self._settings.amp]
-        losses = metrics = 0
+        iter_size, own = self._settings.iter_size, 0
         image_ids: list[Any] = []
         data_seconds = 0.0
-        for number in range(1, settings.iter_size + 1):
+        for number in range(1, iter_size + 1):
             before = time.perf_counter()
             inputs, self._batch = next(batches)
             data_seconds += time.perf_counter() - before
             image_ids += [i for entry in self._batch.get("image_ids", ()) for i in entry]
+            if self._graphs is not None:
+                ((_, kwargs),) = inputs
+                kwargs.pop("image_ids", None)  # other ones in every batch
+                names, own, values = self._graphs(kwargs)
+                break
             exchange = contextlib.nullcontext()
-            if number < settings.iter_size:
+            if number < iter_size:
                 exchange = ranks.without_exchange(self._model.module)
             with exchange:
-                with torch.autocast(self._model.devices[0].type, dtype, enabled=dtype is not None):
-                    output = self._model.forward_scattered(inputs)
-                pass_losses = _stacked(output["losses"])
-                self._backward(pass_losses.sum())
-            losses = losses + pass_losses.detach() / settings.iter_size
-            pass_metrics = _stacked(output["metrics"]) if output["metrics"] else pass_losses[:0]
-            metrics = metrics + pass_metrics.detach() / settings.iter_size
-        own = torch.cat([losses, metrics])
-        values = ranks.mean_over_ranks(own)
-        self._update(values[: len(losses)])
-        names = tuple(output["losses"]), tuple(output["metrics"])
+                names, pass_values = self._pass(inputs)
+            own = own + pass_values / iter_size
+        else:
+            values = self._update(names, own)
         self._stats.record(step, names, values, own, image_ids, data_seconds)
+
+    def _pass(self, inputs: list[tuple]) -> tuple[Names, torch.Tensor]:
+        """Forward and backward; the names and values of losses and metrics."""
+        dtype = AMP_DTYPES[self._settings.amp]
+        with torch.autocast(self._model.devices[0].type, dtype, enabled=dtype is not None):
+            output = self._model.forward_scattered(inputs)
+        losses = _stacked(output["losses"])
+        self._backward(losses.sum())
+        values = losses.detach()
+        if output["metrics"]:
+            values = torch.cat([values, _stacked(output["metrics"]).detach()])
+        return (tuple(output["losses"]), tuple(output["metrics"])), values
+
+    def _whole_step(self, **inputs: Any) -> StepValues:
+        """What is recorded of a step of one pass."""
+        names, own = self._pass([((), inputs)])
+        return names, own, self._update(names, own)
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self._scaler.is_enabled():
@@ -274,14 +301,20 @@ class _Loop:
             loss = loss * torch.where(loss.isfinite(), 1.0, float("nan"))
         self._scaler.scale(loss).backward()
 
-    def _update(self, losses: torch.Tensor) -> None:
-        """Let the optimizer step, unless a loss is not finite: decided on the device."""
+    def _update(self, names: Names, own: torch.Tensor) -> torch.Tensor:
+        """Let the optimizer step, unless a loss is not finite: decided on the device.
+
+        own: losses, then metrics, of this rank; returns their means over the ranks.
+        """
+        values = ranks.mean_over_ranks(own)
         if not self._scaler.is_enabled():
             # As the scaler tells a fused optimizer that it must change nothing.
-            self._optimizer.found_inf = 1.0 - losses.isfinite().all().float()
+            finite = values[: len(names[0])].isfinite().all()
+            self._optimizer.found_inf = 1.0 - finite.float()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
+        return values
 
     def after_step(self, step: int, rate: float, signal: int) -> None:
         """Report, evaluate and save as far as it is time for it, or the last step."""

@@ -155,6 +155,7 @@ def _train(
         train_size=train_size,
         batch_size=batch_size,
         first_batch=first_batch,
+        cuda_graphs=cfg.MODEL.CUDA_GRAPHS,
         notes={
             "num_gpus": num_gpus,
             "schedule": {"max_iter": schedule.max_iter, **plain(schedule.learning_rate.keywords)},

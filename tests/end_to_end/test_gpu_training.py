@@ -35,6 +35,20 @@ def test_resuming_on_a_gpu_changes_no_bit(tmp_path):
         assert torch.equal(resumed[name], value), name
 
 
+def test_recorded_steps_train_as_others_do(tmp_path):
+    make_demo_data(tmp_path, num_train=6, num_val=2)
+    for recorded in (True, False):
+        options = ("SOLVER.MAX_ITER", 9, "DETERMINISTIC", True, "MODEL.CUDA_GRAPHS", recorded)
+        flags = ("--bs", 2, "--device", "cuda:0")
+        ended = exit_codes(
+            start_ranks(1, train_demo, tmp_path, f"recorded_{recorded}", flags, options)
+        )
+        assert ended == [0]
+    recorded, plain = (weights(tmp_path / f"recorded_{r}", 8) for r in (True, False))
+    for name, value in plain.items():
+        torch.testing.assert_close(recorded[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @two_gpus
 def test_two_processes_train_and_resume_on_two_gpus(tmp_path):
     make_demo_data(tmp_path, num_train=6, num_val=2)

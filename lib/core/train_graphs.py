@@ -1,0 +1,216 @@
+"""Whole training steps as CUDA graphs: recorded once for every shape of batch, then replayed.
+
+A detector's step launches some two thousand kernels. Where they are short the host needs longer to
+launch them than the GPU to run them; replaying a recorded step costs the host next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+from roi_data.minibatch import GROWING_INPUTS
+
+logger = logging.getLogger(__name__)
+
+# Names of the losses and of the metrics; with their values: this rank's, the means over the ranks.
+Names = tuple[tuple[str, ...], tuple[str, ...]]
+StepValues = tuple[Names, Tensor, Tensor]
+
+# Recorded steps that are kept; the one that was not used for longest makes room for a new one.
+MOST_GRAPHS = 128
+
+
+@functools.cache
+def training_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that all work of a training on this GPU is queued on: recording does not work on
+    the default one, and gradients must be accumulated on the stream they are recorded on."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def on_training_stream(device: torch.device) -> Iterator[None]:
+    """Queue the block's work on `training_stream`, between what was queued before and after it;
+    nothing on the CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    outside, stream = torch.cuda.current_stream(device), training_stream(device)
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        yield
+    outside.wait_stream(stream)
+
+
+class StepGraphs:
+    """Runs steps: the first of a shape of batch as it is, later ones as a recorded graph.
+
+    Args:
+        step: keyword inputs -> what the step reports, on the device. It trains: forward,
+            backward and update. Nothing in it waits for the device, and nothing that it leaves
+            behind is new, apart from the values it returns.
+        optimizer: whose rates may change from step to step.
+        device: a GPU.
+        warm_up: steps before the first recording.
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., StepValues],
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        warm_up: int = 0,
+    ) -> None:
+        self._step, self._optimizer, self._device = step, optimizer, device
+        self._rates = DeviceRates(optimizer, device)
+        self._inputs = StaticInputs(device)
+        self._steps_to_warm_up = warm_up
+        self._pool = torch.cuda.graph_pool_handle()
+        self._seen: set[Hashable] = set()
+        self._graphs: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self._recording = True
+        for group in optimizer.param_groups:
+            if "capturable" in group:  # Adam counts its steps on the device then
+                group["capturable"] = True
+
+    def __call__(self, inputs: Mapping[str, Any]) -> StepValues:
+        """One step; raises UserError if it cannot be recorded."""
+        with self._rates:
+            try:
+                return self._run(inputs)
+            except torch.cuda.OutOfMemoryError:
+                if not self._graphs:
+                    raise
+                self._give_up()
+                return self._step(**inputs)
+
+    def _run(self, inputs: Mapping[str, Any]) -> StepValues:
+        key = self._inputs.key(inputs)
+        known = key in self._seen
+        self._seen.add(key)
+        self._steps_to_warm_up -= 1
+        if not self._recording or not known or self._steps_to_warm_up >= 0:
+            return self._step(**inputs)
+        static = self._inputs.fill(inputs)
+        recorded = self._graphs.get(key) or self._record(key, static)
+        self._graphs.move_to_end(key)
+        recorded.graph.replay()
+        return recorded.names, recorded.own.clone(), recorded.means.clone()
+
+    def _record(self, key: Hashable, inputs: dict[str, Any]) -> _Recorded:
+        while len(self._graphs) >= MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        graph, stream = torch.cuda.CUDAGraph(), training_stream(self._device)
+        try:
+            # Threads that pin batches or write checkpoints may go on as they like.
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+                recorded = _Recorded(graph, *self._step(**inputs))
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            cause = error.__context__ or error
+            raise UserError(
+                f"a training step could not be recorded as a CUDA graph ({cause}): if something of "
+                "yours in the model waits for the GPU, train with --set MODEL.CUDA_GRAPHS False"
+            ) from error
+        self._graphs[key] = recorded
+        return recorded
+
+    def _give_up(self) -> None:
+        """Leave the memory of the recorded steps to the steps themselves from here on."""
+        logger.warning(
+            "the GPU's memory is full: going on without CUDA graphs (MODEL.CUDA_GRAPHS), which "
+            "take as much again as a step does"
+        )
+        self._recording = False
+        self._graphs.clear()
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    names: Names
+    own: Tensor  # overwritten by each replay, of other graphs too
+    means: Tensor
+
+
+class DeviceRates:
+    """In this context the optimizer's rates are tensors on the device, so that a recorded step
+    follows them; outside they are numbers, as they were."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self._optimizer = optimizer
+        groups = optimizer.param_groups
+        self._tensors = [torch.zeros((), device=device) for _ in groups]
+        self._numbers: list[float] = [0.0] * len(groups)
+
+    def __enter__(self) -> None:
+        for i, (group, tensor) in enumerate(
+            zip(self._optimizer.param_groups, self._tensors, strict=True)
+        ):
+            if group["lr"] != self._numbers[i]:
+                self._numbers[i] = group["lr"]
+                tensor.fill_(group["lr"])
+            group["lr"] = tensor
+
+    def __exit__(self, *_: Any) -> None:
+        for group, number in zip(self._optimizer.param_groups, self._numbers, strict=True):
+            group["lr"] = number
+
+
+class StaticInputs:
+    """Batches where a recorded step finds them: always at the same place.
+
+    The inputs named in GROWING_INPUTS get places for more than a batch has, so that batches come
+    in few shapes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._longest: dict[str, tuple[int, ...]] = {}
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def key(self, inputs: Mapping[str, Any]) -> Hashable:
+        """What is equal for batches that one recorded step fits."""
+        return tuple(
+            (name, self._shape(name, value), value.dtype) if torch.is_tensor(value) else value
+            for name, value in inputs.items()
+        )
+
+    def fill(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch at its place; `key` has been asked before."""
+        return {
+            name: self._filled(name, value) if torch.is_tensor(value) else value
+            for name, value in inputs.items()
+        }
+
+    def _shape(self, name: str, value: Tensor) -> tuple[int, ...]:
+        shape = tuple(value.shape)
+        if name not in GROWING_INPUTS or shape[0] == 0:
+            return shape
+        rounded = tuple(1 << (size - 1).bit_length() for size in shape)
+        before = self._longest.get(name, rounded)
+        self._longest[name] = tuple(max(pair) for pair in zip(rounded, before, strict=True))
+        return self._longest[name]
+
+    def _filled(self, name: str, value: Tensor) -> Tensor:
+        shape = self._shape(name, value)
+        place = (name, shape, value.dtype)
+        if place not in self._buffers:
+            self._buffers[place] = torch.zeros(shape, dtype=value.dtype, device=self._device)
+        buffer = self._buffers[place]
+        if buffer.dim() > 2 and shape != value.shape:
+            buffer.zero_()  # planes have no end mark but zeros
+        buffer[tuple(slice(size) for size in value.shape)].copy_(value)
+        return buffer

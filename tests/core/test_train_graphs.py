@@ -1,0 +1,196 @@
+"""Recorded training steps: the same losses and weights as steps that are not recorded."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import core.train_graphs as graphs
+import nn as mynn
+import utils.net as net_utils
+from core.errors import UserError
+from core.train_engine import TrainSettings, train
+from core.train_graphs import DeviceRates, StaticInputs
+from utils.training_stats import TrainingStats
+
+SOLVER = SimpleNamespace(
+    TYPE="SGD",
+    BASE_LR=0.1,
+    MOMENTUM=0.9,
+    WEIGHT_DECAY=0.01,
+    WEIGHT_DECAY_GN=0.0,
+    BIAS_DOUBLE_LR=True,
+    BIAS_WEIGHT_DECAY=False,
+)
+CPU = torch.device("cpu")
+
+
+def test_batches_of_packed_inputs_come_in_few_shapes():
+    static = StaticInputs(CPU)
+
+    def key(pixels, rows):
+        return static.key({"data": torch.zeros(pixels), "boxes": torch.zeros(rows, 4), "size": 5})
+
+    first = key(1000, 8)
+    assert key(700, 8) == first  # there is room for 1024
+    assert key(1000, 16) != first
+    grown = key(1025, 8)
+    assert grown != first
+    assert key(3, 8) == grown  # room once made stays
+    assert static.key({"data": torch.zeros(0), "size": 5}) != static.key({"data": torch.zeros(1)})
+
+
+def test_a_batch_is_found_at_its_place():
+    static = StaticInputs(CPU)
+    planes = torch.ones(3, 5, 6, dtype=torch.uint8)
+    batch = {"gt_bitmasks": planes, "data": torch.arange(5), "size": (4, 4)}
+    static.key(batch)
+    first = static.fill(batch)
+    assert first["size"] == (4, 4)
+    assert first["data"].shape == (8,) and first["data"][:5].tolist() == [0, 1, 2, 3, 4]
+    assert first["gt_bitmasks"].shape == (4, 8, 8)
+    assert first["gt_bitmasks"].sum() == planes.sum()
+
+    smaller = {"gt_bitmasks": 2 * planes[:1, :2], "data": torch.tensor([7]), "size": (4, 4)}
+    assert static.key(smaller) == static.key(batch)
+    second = static.fill(smaller)
+    assert second["data"].data_ptr() == first["data"].data_ptr() and second["data"][0] == 7
+    assert second["gt_bitmasks"].sum() == 2 * 2 * 6  # nothing is left of the larger planes
+
+
+def test_rates_are_tensors_inside_and_numbers_outside():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([{"params": [weight], "lr": 0.5}])
+    rates = DeviceRates(optimizer, CPU)
+    with rates:
+        tensor = optimizer.param_groups[0]["lr"]
+        assert tensor == 0.5
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    optimizer.param_groups[0]["lr"] = 0.25
+    with pytest.raises(ZeroDivisionError), rates:
+        assert optimizer.param_groups[0]["lr"] is tensor and tensor == 0.25
+        raise ZeroDivisionError
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+class Drawing(nn.Module):
+    """Losses that depend on random draws, on a packed input and on the batch's shape."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, images, data, length):
+        x = self.fc(torch.relu(self.conv(images)).mean((2, 3)))
+        keep = torch.rand(len(x), device=x.device) < 0.5
+        used = torch.arange(len(data), device=x.device) < length
+        packed = torch.where(used, data, 0).sum()
+        return {
+            "losses": {"loss_a": (x[:, 0].pow(2) * keep).mean(), "loss_b": x[:, 1].exp().mean()},
+            "metrics": {"packed": packed},
+        }
+
+
+def drawn_batches(count):
+    generator = torch.Generator().manual_seed(1)
+    out = []
+    for i in range(count):
+        side = (6, 8, 10)[i % 3]
+        length = 5 + i
+        out.append(
+            {
+                "images": [torch.randn(4, 3, side, side, generator=generator).pin_memory()],
+                "data": [torch.ones(length).pin_memory()],
+                "length": [torch.tensor(length).pin_memory()],
+                "image_ids": [[i]],
+            }
+        )
+    return out
+
+
+class Values(TrainingStats):
+    """Keeps what every step reported."""
+
+    def __init__(self, steps):
+        super().__init__(steps, quiet=True)
+        self.rows = []
+
+    def record(self, step, names, values, own, image_ids, data_seconds):
+        self.rows.append(values)
+        super().record(step, names, values, own, image_ids, data_seconds)
+
+
+def run(cuda_graphs, steps=24, amp="off", kind="SGD", module=None):
+    module = (module or Drawing()).cuda()
+    torch.manual_seed(3)
+    solver = SimpleNamespace(**{**vars(SOLVER), "TYPE": kind})
+    optimizer = net_utils.build_optimizer(module, solver)
+    model = mynn.DataParallel(module, [0], cpu_keywords=["image_ids"], minibatch=True)
+    settings = TrainSettings(steps, disp_interval=steps, amp=amp, cuda_graphs=cuda_graphs)
+    stats = Values(steps)
+    train(model, optimizer, drawn_batches(steps), lambda s: 0.1 / (1 + s), settings, stats)
+    return torch.stack(stats.rows).cpu(), module.state_dict()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_recorded_steps_train_as_others_do(monkeypatch, amp, kind):
+    recorded = []
+    original = graphs.StepGraphs._record
+    monkeypatch.setattr(
+        graphs.StepGraphs, "_record", lambda *args: recorded.append(1) or original(*args)
+    )
+    rows, weights = run(True, amp=amp, kind=kind)
+    assert len(recorded) >= 3  # a graph of each size, and again when the packed input grew
+    plain_rows, plain_weights = run(False, amp=amp, kind=kind)
+    torch.testing.assert_close(rows, plain_rows, rtol=1e-5, atol=1e-6)
+    assert rows[:, 2].tolist() == [5.0 + i for i in range(24)]
+    for name, value in plain_weights.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_old_graphs_make_room(monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+    rows, _ = run(True)
+    plain_rows, _ = run(False)
+    torch.testing.assert_close(rows, plain_rows, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_full_gpu_goes_on_without_graphs(monkeypatch, caplog):
+    original = graphs.StepGraphs._record
+    calls = []
+
+    def full_the_third_time(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.cuda.OutOfMemoryError("full")
+        return original(self, *args)
+
+    monkeypatch.setattr(graphs.StepGraphs, "_record", full_the_third_time)
+    with caplog.at_level(logging.WARNING):
+        rows, _ = run(True)
+    assert len(calls) == 3 and "without CUDA graphs" in caplog.text
+    plain_rows, _ = run(False)
+    torch.testing.assert_close(rows, plain_rows, rtol=1e-5, atol=1e-6)
+
+
+class Waiting(Drawing):
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        float(output["losses"]["loss_a"])
+        return output
+
+
+@pytest.mark.gpu
+def test_a_model_that_waits_for_the_gpu_is_named():
+    with pytest.raises(UserError, match="MODEL.CUDA_GRAPHS False"):
+        run(True, module=Waiting())
