@@ -30,8 +30,8 @@ from roi_data.keypoint_rcnn import KeypointQuota
 from utils.image import read_image
 from utils.packed_roidb import RoidbEntry
 
-# Inputs of a batch that may be longer than what is used of them: offsets and indices beside them say
-# what is, and planes are zero beyond.
+# Inputs of a batch that may be longer than what is used of them: offsets and indices beside them
+# say what is, and planes are zero beyond.
 GROWING_INPUTS = frozenset({"data", "gt_poly_coords", "gt_poly_offsets", "gt_bitmasks"})
 
 _MIN_SLOTS = 8  # for ground truth or proposals of an image; more are added in powers of two
