@@ -31,7 +31,12 @@ def nms(boxes: Tensor, scores: Tensor, thresh: float, plus_one: bool = True) -> 
 
 
 def batched_nms(
-    boxes: Tensor, valid: Tensor, thresh: float, max_out: int, plus_one: bool = True
+    boxes: Tensor,
+    valid: Tensor,
+    thresh: float,
+    max_out: int,
+    plus_one: bool = True,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Many independent NMS problems at once, without a host synchronisation (fit for CUDA graphs).
 
@@ -41,6 +46,8 @@ def batched_nms(
         thresh: IoU from which on a box is suppressed.
         max_out: boxes kept at most in each problem: the best ones.
         plus_one: as in `nms`.
+        groups: (P, K) int64 within 32 bits: boxes of different groups (classes) do not suppress
+            each other, but count for max_out together. By default all are of one.
 
     Returns:
         keep: (P, max_out) int64 indices into K in score order, padded with -1.
@@ -49,7 +56,7 @@ def batched_nms(
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit.
     """
-    return torch.ops.detectron.batched_nms(boxes, valid, float(thresh), max_out, plus_one)
+    return torch.ops.detectron.batched_nms(boxes, valid, float(thresh), max_out, plus_one, groups)
 
 
 @torch.library.register_fake("detectron::nms")
@@ -60,7 +67,12 @@ def _nms_fake(boxes: Tensor, scores: Tensor, thresh: float, plus_one: bool = Tru
 
 @torch.library.register_fake("detectron::batched_nms")
 def _batched_nms_fake(
-    boxes: Tensor, valid: Tensor, thresh: float, max_out: int, plus_one: bool = True
+    boxes: Tensor,
+    valid: Tensor,
+    thresh: float,
+    max_out: int,
+    plus_one: bool = True,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     problems = boxes.shape[0]
     keep = boxes.new_empty(problems, max_out, dtype=torch.int64)

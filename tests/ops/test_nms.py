@@ -112,6 +112,29 @@ def test_batched_keeps_the_best_of_each_problem_in_score_order(count):
         assert keep[p].tolist() == expected + [-1] * (max_out - len(expected))
 
 
+def grouped_problems(problems, count, seed=0):
+    """sorted_problems, and three groups of the boxes, which the problems number differently."""
+    boxes, valid = sorted_problems(problems, count, seed)
+    g = torch.Generator().manual_seed(seed)
+    groups = torch.randint(3, (problems, count), generator=g)
+    return boxes, valid, groups + torch.arange(problems)[:, None]
+
+
+@needs_sizes
+def test_groups_do_not_suppress_each_other_but_share_the_places(count):
+    boxes, valid, groups = grouped_problems(2, count)
+    keep, kept = batched_nms(boxes, valid, 0.5, 20, groups=groups)
+    for p in range(2):
+        expected = []
+        for group in range(p, p + 3):
+            usable = (valid[p] & (groups[p] == group)).nonzero().squeeze(1)
+            ranks = -np.arange(len(usable), dtype=np.float64)
+            expected += usable[reference(boxes[p][usable], ranks, 0.5)].tolist()
+        expected = sorted(expected)[:20]
+        assert keep[p].tolist() == expected + [-1] * (20 - len(expected))
+        assert kept[p] == len(expected)
+
+
 def test_batched_of_nothing():
     keep, kept = batched_nms(torch.zeros(0, 5, 4), torch.zeros(0, 5, dtype=torch.bool), 0.5, 3)
     assert keep.shape == (0, 3) and kept.shape == (0,)
@@ -139,11 +162,22 @@ def test_batched_needs_a_bool_mask():
         batched_nms(torch.zeros(1, 2, 4), torch.ones(1, 2), 0.5, 2)
 
 
+def test_batched_needs_a_group_a_box():
+    boxes, valid = sorted_problems(2, 10)
+    with pytest.raises(ValueError, match=r"groups must be \(P, K\)"):
+        batched_nms(boxes, valid, 0.5, 2, groups=torch.zeros(10, dtype=torch.int64))
+    with pytest.raises(TypeError, match="groups must be Long"):
+        batched_nms(boxes, valid, 0.5, 2, groups=valid)
+
+
 def test_opcheck():
     boxes, scores = random_boxes(20)
     torch.library.opcheck(torch.ops.detectron.nms.default, (boxes, scores, 0.5))
     problems, valid = sorted_problems(2, 20)
     torch.library.opcheck(torch.ops.detectron.batched_nms.default, (problems, valid, 0.5, 5))
+    boxes, valid, groups = grouped_problems(2, 20)
+    batched = torch.ops.detectron.batched_nms.default
+    torch.library.opcheck(batched, (boxes, valid, 0.5, 5, True, groups))
 
 
 @pytest.mark.gpu
@@ -182,6 +216,17 @@ def test_cuda_batched_keeps_the_same_without_synchronising(count, max_out):
         result = batched_nms(device_boxes, device_valid, 0.7, max_out)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(result[0].cpu(), expected[0])
+    assert torch.equal(result[1].cpu(), expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 64, 65, 2000, 9000])
+@pytest.mark.parametrize("max_out", [1, 100, 10_000])
+def test_cuda_groups_as_the_cpu_does(count, max_out):
+    boxes, valid, groups = grouped_problems(5, count)
+    expected = batched_nms(boxes, valid, 0.5, max_out, groups=groups)
+    result = batched_nms(boxes.cuda(), valid.cuda(), 0.5, max_out, groups=groups.cuda())
     assert torch.equal(result[0].cpu(), expected[0])
     assert torch.equal(result[1].cpu(), expected[1])
 

@@ -38,7 +38,9 @@ inline void check_nms(const Tensor& boxes, const Tensor& scores) {
   check_floating(scores, "nms: scores");
 }
 
-inline void check_batched_nms(const Tensor& boxes, const Tensor& valid, int64_t max_out) {
+inline void check_batched_nms(
+    const Tensor& boxes, const Tensor& valid, int64_t max_out,
+    const std::optional<Tensor>& groups) {
   TORCH_CHECK_VALUE(
       boxes.dim() == 3 && boxes.size(2) == 4, "batched_nms: boxes must be (P, K, 4), not ",
       boxes.sizes());
@@ -49,6 +51,12 @@ inline void check_batched_nms(const Tensor& boxes, const Tensor& valid, int64_t 
   check_floating(boxes, "batched_nms: boxes");
   check_dtype(valid, "batched_nms: valid", at::kBool);
   TORCH_CHECK_VALUE(max_out >= 0, "batched_nms: max_out must be >= 0, not ", max_out);
+  if (!groups) return;
+  TORCH_CHECK_VALUE(
+      groups->sizes() == valid.sizes(), "batched_nms: groups must be (P, K) like valid ",
+      valid.sizes(), ", not ", groups->sizes());
+  check_device(*groups, "batched_nms: groups", boxes, "boxes");
+  check_dtype(*groups, "batched_nms: groups", at::kLong);
 }
 
 constexpr int64_t kMaxLevels = 8;

@@ -24,9 +24,11 @@ Tensor aligned_floats(const Tensor& boxes) {
   return reinterpret_cast<uintptr_t>(b.const_data_ptr()) % 16 == 0 ? b : b.clone();
 }
 
-// keep (problems, max_out) and count (problems,) of boxes sorted by score; valid may be undefined.
+// keep (problems, max_out) and count (problems,) of boxes sorted by score; valid and groups (int)
+// may be undefined.
 std::tuple<Tensor, Tensor> suppress(
-    const Tensor& boxes, const Tensor& valid, double thresh, int64_t max_out, bool plus_one) {
+    const Tensor& boxes, const Tensor& valid, const Tensor& groups, double thresh, int64_t max_out,
+    bool plus_one) {
   const int64_t problems = boxes.size(0), count = boxes.size(1);
   const auto longs = boxes.options().dtype(at::kLong);
   Tensor keep = at::full({problems, max_out}, -1, longs);
@@ -39,6 +41,7 @@ std::tuple<Tensor, Tensor> suppress(
   kernels::NmsProblems p{};
   p.boxes = boxes.const_data_ptr<float>();
   p.valid = valid.defined() ? valid.const_data_ptr<bool>() : nullptr;
+  p.groups = groups.defined() ? groups.const_data_ptr<int>() : nullptr;
   p.problems = static_cast<int>(problems);
   p.count = count;
   p.max_out = max_out;
@@ -65,7 +68,7 @@ Tensor nms(const Tensor& boxes, const Tensor& scores, double thresh, bool plus_o
   const Tensor order =
       std::get<1>(ranked.sort(/*stable=*/true, 0, /*descending=*/true)).contiguous();
   const Tensor sorted = aligned_floats(boxes.index_select(0, order)).unsqueeze(0);
-  const auto [keep, kept] = suppress(sorted, Tensor(), thresh, count, plus_one);
+  const auto [keep, kept] = suppress(sorted, Tensor(), Tensor(), thresh, count, plus_one);
   Tensor flags = at::zeros({count}, boxes.options().dtype(at::kBool));
   kernels::nms_mark(
       keep.const_data_ptr<int64_t>(), kept.const_data_ptr<int64_t>(),
@@ -75,10 +78,12 @@ Tensor nms(const Tensor& boxes, const Tensor& scores, double thresh, bool plus_o
 }
 
 std::tuple<Tensor, Tensor> batched_nms(
-    const Tensor& boxes, const Tensor& valid, double thresh, int64_t max_out, bool plus_one) {
-  check_batched_nms(boxes, valid, max_out);
+    const Tensor& boxes, const Tensor& valid, double thresh, int64_t max_out, bool plus_one,
+    const std::optional<Tensor>& groups) {
+  check_batched_nms(boxes, valid, max_out, groups);
   const c10::cuda::CUDAGuard guard(boxes.device());
-  return suppress(aligned_floats(boxes), valid.contiguous(), thresh, max_out, plus_one);
+  const Tensor ints = groups ? groups->to(at::kInt).contiguous() : Tensor();
+  return suppress(aligned_floats(boxes), valid.contiguous(), ints, thresh, max_out, plus_one);
 }
 
 Tensor image_batch(

@@ -16,6 +16,7 @@ constexpr int kNmsChunk = 4096;
 struct NmsProblems {
   const float* boxes;  // (problems, count, 4), 16-byte aligned, by descending score
   const bool* valid;   // (problems, count) or null
+  const int* groups;   // (problems, count) or null: boxes of different groups do not meet
   int problems;
   int64_t count;
   int64_t max_out;

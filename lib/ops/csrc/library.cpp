@@ -6,8 +6,8 @@
 TORCH_LIBRARY(detectron, m) {
   m.def("nms(Tensor boxes, Tensor scores, float thresh, bool plus_one=True) -> Tensor");
   m.def(
-      "batched_nms(Tensor boxes, Tensor valid, float thresh, int max_out, bool plus_one=True)"
-      " -> (Tensor, Tensor)");
+      "batched_nms(Tensor boxes, Tensor valid, float thresh, int max_out, bool plus_one=True,"
+      " Tensor? groups=None) -> (Tensor, Tensor)");
   m.def(
       "roi_align(Tensor[] features, Tensor rois, Tensor? levels, float[] scales, int pooled_h,"
       " int pooled_w, int sampling_ratio, bool aligned) -> Tensor");

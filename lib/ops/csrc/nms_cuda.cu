@@ -22,14 +22,22 @@ constexpr int kResolveThreads = 512;
 struct Box {
   float4 corners;
   float area;
+  int group;
 };
 
-__device__ __forceinline__ Box make_box(float4 c, float one) {
-  return {c, (c.z - c.x + one) * (c.w - c.y + one)};
+__device__ __forceinline__ Box make_box(float4 c, float one, int group) {
+  return {c, (c.z - c.x + one) * (c.w - c.y + one), group};
+}
+
+// Groups of a problem's boxes from box `start` on; null where all are of one.
+__device__ __forceinline__ const int* groups_from(
+    const NmsProblems& p, int64_t problem, int64_t start) {
+  return p.groups ? p.groups + problem * p.count + start : nullptr;
 }
 
 // Exactly the arithmetic of the CPU kernel (compiled without contraction).
 __device__ __forceinline__ bool overlaps(const Box& a, const Box& b, float thresh, float one) {
+  if (a.group != b.group) return false;
   const float w = fminf(a.corners.z, b.corners.z) - fmaxf(a.corners.x, b.corners.x) + one;
   const float h = fminf(a.corners.w, b.corners.w) - fmaxf(a.corners.y, b.corners.y) + one;
   const float inter = fmaxf(0.f, w) * fmaxf(0.f, h);
@@ -43,6 +51,7 @@ __global__ void __launch_bounds__(kTile) suppress_by_kept(NmsProblems p, int64_t
   const int64_t kept = p.kept[problem];
   if (kept >= p.max_out) return;
   const float4* boxes = reinterpret_cast<const float4*>(p.boxes) + problem * p.count;
+  const int* groups = groups_from(p, problem, 0);
   const int64_t* keep = p.keep + problem * p.max_out;
   const float one = p.plus_one ? 1.f : 0.f;
 
@@ -50,12 +59,16 @@ __global__ void __launch_bounds__(kTile) suppress_by_kept(NmsProblems p, int64_t
   const int in_chunk = blockIdx.x * kTile + threadIdx.x;
   const int64_t index = start + in_chunk;
   const bool exists = in_chunk < kNmsChunk && index < p.count;
-  const Box mine = make_box(exists ? boxes[index] : float4{0, 0, 0, 0}, one);
+  const Box mine = make_box(
+      exists ? boxes[index] : float4{0, 0, 0, 0}, one, exists && groups ? groups[index] : 0);
   bool suppressed = !exists;
   for (int64_t first = static_cast<int64_t>(blockIdx.y) * kTile; first < kept;
        first += static_cast<int64_t>(gridDim.y) * kTile) {
     const int n = static_cast<int>(kept - first < kTile ? kept - first : kTile);
-    if (threadIdx.x < n) tile[threadIdx.x] = make_box(boxes[keep[first + threadIdx.x]], one);
+    if (threadIdx.x < n) {
+      const int64_t other = keep[first + threadIdx.x];
+      tile[threadIdx.x] = make_box(boxes[other], one, groups ? groups[other] : 0);
+    }
     __syncthreads();
     for (int i = 0; i < n && !suppressed; ++i) suppressed = overlaps(tile[i], mine, p.thresh, one);
     if (__syncthreads_and(suppressed)) break;  // also guards the tile before it is overwritten
@@ -75,17 +88,21 @@ __global__ void __launch_bounds__(kWordBits)
   const int64_t problem = blockIdx.z;
   if (p.kept[problem] >= p.max_out) return;
   const float4* boxes = reinterpret_cast<const float4*>(p.boxes) + problem * p.count + start;
+  const int* groups = groups_from(p, problem, start);
   const float one = p.plus_one ? 1.f : 0.f;
 
   __shared__ Box columns[kWordBits];
   const int first = column_word * kWordBits;
   const int in_word = n - first < kWordBits ? n - first : kWordBits;
-  if (threadIdx.x < in_word) columns[threadIdx.x] = make_box(boxes[first + threadIdx.x], one);
+  if (threadIdx.x < in_word) {
+    const int other = first + threadIdx.x;
+    columns[threadIdx.x] = make_box(boxes[other], one, groups ? groups[other] : 0);
+  }
   __syncthreads();
 
   const int row = row_word * kWordBits + threadIdx.x;
   if (row >= n) return;
-  const Box mine = make_box(boxes[row], one);
+  const Box mine = make_box(boxes[row], one, groups ? groups[row] : 0);
   Word bits = 0;
   for (int j = row_word == column_word ? threadIdx.x + 1 : 0; j < in_word; ++j) {
     if (overlaps(mine, columns[j], p.thresh, one)) bits |= Word(1) << j;

@@ -17,7 +17,8 @@ using Scales = at::ArrayRef<double>;
   namespace backend {                                                                            \
   Tensor nms(const Tensor& boxes, const Tensor& scores, double thresh, bool plus_one);           \
   std::tuple<Tensor, Tensor> batched_nms(                                                        \
-      const Tensor& boxes, const Tensor& valid, double thresh, int64_t max_out, bool plus_one);  \
+      const Tensor& boxes, const Tensor& valid, double thresh, int64_t max_out, bool plus_one,   \
+      const std::optional<Tensor>& groups);                                                      \
   Tensor roi_align(                                                                              \
       at::TensorList features, const Tensor& rois, const std::optional<Tensor>& levels,          \
       Scales scales, int64_t pooled_h, int64_t pooled_w, int64_t sampling_ratio, bool aligned);  \
