@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import cv2
@@ -20,6 +19,7 @@ import utils.blob as blob_utils
 import utils.boxes as box_utils
 from core.config import cfg
 from core.test_proposals import run_on_proposals
+from utils.device import upload
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,22 @@ class Shown(NamedTuple):
 
     pairs: list[tuple[View, int]]
     data: Tensor  # (P, 3, H, W) float32
-    im_info: Tensor  # (P, 3) float32
-    scales: Tensor  # (P,) float64, network pixels per pixel of the view
+    table: Tensor  # (P, 17) float64: as of utils.blob.test_table, then width and height of the view
+
+    @property
+    def im_info(self) -> Tensor:
+        """(P, 3) float32."""
+        return self.table[:, blob_utils.TABLE_INFO].float()
+
+    @property
+    def scales(self) -> Tensor:
+        """(P,) float64, network pixels per pixel of the view."""
+        return self.table[:, blob_utils.TABLE_INFO][:, 2]
+
+    @property
+    def extents(self) -> Tensor:
+        """(P, 2) int64 width and height of the views."""
+        return self.table[:, -2:].long()
 
 
 class ImageBatch:
@@ -89,16 +103,18 @@ class ImageBatch:
         ]
         self.sizes = [tuple(im.shape[:2]) for im in images]
         self._packed = {} if packed is None else {1.0: packed}
+        self._extents: dict[View, Tensor] = {}
 
-    @cached_property
-    def size_table(self) -> Tensor:
-        """(N, 2) int64 `[height, width]`, on the device."""
-        return torch.tensor(self.sizes).to(self.device, non_blocking=True)
+    def extents(self, view: View) -> Tensor:
+        """(N, 2) int64 `[width, height]` of the views of the images, on the device."""
+        if view not in self._extents:
+            rows = [[view.width(width), height] for height, width in self.sizes]
+            self._extents[view] = upload(rows, torch.int64, self.device)
+        return self._extents[view]
 
     def widths(self, view: View, image: Tensor) -> Tensor:
         """(n, 1) widths of the views of images (n,)."""
-        widths = torch.tensor([view.width(w) for _, w in self.sizes])
-        return widths.to(self.device, non_blocking=True)[image, None]
+        return self.extents(view)[image, :1]
 
     def show(self, views: Sequence[View]) -> Iterator[Shown]:
         """Every view of every image, in passes of equal padded size.
@@ -131,11 +147,11 @@ class ImageBatch:
             pixels = pixels.to(self.device, non_blocking=True)
             self._packed[view.ratio] = pixels, places
         places = [places[index]._replace(flip=view.flip) for view, index in pairs]
-        data, scales, im_info = blob_utils.prep_packed(
-            pixels, places, view.scale, view.max_size, self.device
-        )
-        table = torch.tensor(scales, dtype=torch.float64).to(self.device, non_blocking=True)
-        return Shown(pairs, data, im_info, table)
+        rows, blob_size = blob_utils.test_table(places, view.scale, view.max_size)
+        extents = [[view.width(self.sizes[i][1]), self.sizes[i][0]] for view, i in pairs]
+        rows = [row + extent for row, extent in zip(rows, extents, strict=True)]
+        table = upload(rows, torch.float64, self.device)
+        return Shown(pairs, blob_utils.test_blob(pixels, table, blob_size), table)
 
 
 @dataclass
@@ -143,7 +159,7 @@ class Output:
     """What the network says of one view of a batch: scored proposals before any selection."""
 
     view: View
-    images: ImageBatch
+    extents: Tensor  # (N, 2) int64 width and height of the view of each image
     rois: Tensor  # (R, 4) float32, pixels of the view
     image: Tensor  # (R,) int64, ascending
     scores: Tensor  # (R, C) float32 probabilities
@@ -164,16 +180,15 @@ class Output:
 
     def _decode(self, rois: Tensor, deltas: Tensor, image: Tensor) -> Tensor:
         # Without TEST.BBOX_REG the proposals themselves are the boxes.
-        widths = self.images.widths(self.view, image)
+        extents = self.extents[image]
+        widths = extents[:, :1]
         if not cfg.TEST.BBOX_REG:
             boxes = rois.repeat(1, deltas.shape[1] // 4)
         else:
             boxes = box_utils.bbox_transform(
                 rois, deltas, cfg.MODEL.BBOX_REG_WEIGHTS, cfg.BBOX_XFORM_CLIP
             )
-            heights = self.images.size_table[image, :1]
-            limit = torch.cat([widths, heights], dim=1) - 1
-            limit = limit.repeat(1, deltas.shape[1] // 2).to(boxes.dtype)
+            limit = (extents - 1).repeat(1, deltas.shape[1] // 2).to(boxes.dtype)
             boxes = torch.minimum(boxes.clamp(min=0), limit)
         return self.view.to_image(boxes, widths)
 
@@ -193,7 +208,7 @@ def forward(net: nn.Module, images: ImageBatch, view: View) -> tuple[Output, Fea
     out = _run(net, images, shown)
     image, rois = _split_rois(out["rois"], shown.scales)
     scores, deltas = out["cls_score"].float(), out["bbox_pred"].float()
-    output = Output(view, images, rois, image, scores, deltas)
+    output = Output(view, shown.extents, rois, image, scores, deltas)
     return output, Features(images, out["blob_conv"], shown.scales)
 
 
@@ -213,7 +228,7 @@ def forward_views(net: nn.Module, images: ImageBatch, views: Sequence[View]) -> 
         counts = torch.tensor([len(part[0]) for part in of_images])
         image = torch.repeat_interleave(counts).to(images.device)
         rois, scores, deltas = (torch.cat(values) for values in zip(*of_images, strict=True))
-        outputs.append(Output(view, images, rois, image, scores, deltas))
+        outputs.append(Output(view, images.extents(view), rois, image, scores, deltas))
     return outputs
 
 

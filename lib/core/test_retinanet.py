@@ -27,7 +27,7 @@ def retinanet_detections(
     image, slot = (out["scores"] >= 0).nonzero().unbind(1)
     scores, classes = out["scores"][image, slot], out["classes"][image, slot]
     boxes = (out["boxes"][image, slot].double() / shown.scales[image, None]).float()
-    limit = (images.size_table - 1).flip(1).repeat(1, 2).to(boxes.dtype)
+    limit = (shown.extents - 1).repeat(1, 2).to(boxes.dtype)
     boxes = torch.minimum(boxes.clamp(min=0), limit[image])
     keep, boxes, scores = class_nms_and_limit(
         boxes,

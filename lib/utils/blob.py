@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ops
 from core.config import cfg
+from utils.device import upload
 
 
 def get_target_scale(height: int, width: int, target_size: int, max_size: int) -> float:
@@ -88,22 +89,10 @@ def prep_images(
     device: torch.device | str,
     stride: int | None = None,
 ) -> tuple[Tensor, list[float], Tensor]:
-    """Images for testing, N arrays (H, W, 3) uint8 BGR; the rest as for `prep_packed`."""
-    return prep_packed(*pack_images(images), target_size, max_size, device, stride)
-
-
-def prep_packed(
-    pixels: Tensor,
-    places: Sequence[Placed],
-    target_size: int,
-    max_size: int,
-    device: torch.device | str,
-    stride: int | None = None,
-) -> tuple[Tensor, list[float], Tensor]:
-    """Packed images for testing: one scale each, padded to a common size.
+    """Images for testing: one scale each, padded to a common size.
 
     Args:
-        pixels: (B,) uint8, anywhere; places: where each of N images is in it.
+        images: N arrays (H, W, 3) uint8 BGR.
         target_size, max_size: TEST.SCALE and TEST.MAX_SIZE.
         stride: the padded size is a multiple of it; by default as the config says.
 
@@ -111,20 +100,39 @@ def prep_packed(
         data (N, 3, Hp, Wp) float32 on device, N scales, and im_info (N, 3) float32 on device:
         padded height, padded width (of the whole batch), scale.
     """
+    pixels, places = pack_images(images)
+    rows, blob_size = test_table(places, target_size, max_size, stride)
+    table = upload(rows, torch.float64, device)
+    data = test_blob(pixels.to(device, non_blocking=True), table, blob_size)
+    return data, [row[TABLE_INFO][2] for row in rows], table[:, TABLE_INFO].float()
+
+
+# Columns of the table of test_table().
+TABLE_META, TABLE_INFO, TABLE_MEANS = slice(0, 9), slice(9, 12), slice(12, 15)
+
+
+def test_table(
+    places: Sequence[Placed], target_size: int, max_size: int, stride: int | None = None
+) -> tuple[list[list[float]], tuple[int, int]]:
+    """All that the device must know of packed images for testing, one row an image: the row of
+    ops.image_batch()'s meta, im_info, the BGR means; and the padded size of the batch.
+
+    Arguments as for `prep_images`.
+    """
     stride = coarsest_stride() if stride is None else stride
     sizes = [(place.height, place.width) for place in places]
     scales = [get_target_scale(*size, target_size, max_size) for size in sizes]
     scaled = [scaled_size(*size, scale) for size, scale in zip(sizes, scales, strict=True)]
     blob_size = padded_size(scaled, stride)
-    meta = [
-        image_meta(place.offset, place.height, place.width, place.flip, size, (0, 0), scale)
-        for place, size, scale in zip(places, scaled, scales, strict=True)
+    means = np.ravel(cfg.PIXEL_MEANS).tolist()
+    rows = [
+        [*image_meta(p.offset, p.height, p.width, p.flip, size, (0, 0), scale), *blob_size, scale]
+        for p, size, scale in zip(places, scaled, scales, strict=True)
     ]
-    data = images_to_blob(
-        pixels.to(device, non_blocking=True),
-        torch.tensor(meta, dtype=torch.float64).to(device, non_blocking=True),
-        blob_size,
-        torch.as_tensor(cfg.PIXEL_MEANS, dtype=torch.float64).reshape(3).to(device),
-    )
-    im_info = torch.tensor([[*blob_size, s] for s in scales], dtype=torch.float32)
-    return data, scales, im_info.to(device, non_blocking=True)
+    return [row + means for row in rows], blob_size
+
+
+def test_blob(pixels: Tensor, table: Tensor, blob_size: tuple[int, int]) -> Tensor:
+    """Network input (N, 3, *blob_size) of packed pixels (B,) uint8 and what test_table() gives of
+    them, as a float64 tensor beside the pixels."""
+    return images_to_blob(pixels, table[:, TABLE_META], blob_size, table[0, TABLE_MEANS])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from core.errors import UserError
 
@@ -32,3 +35,11 @@ def pick_devices(device: str | None = None, no_cuda: bool = False) -> list[torch
     if wanted.index is not None:
         return [wanted]
     return [torch.device("cuda", index) for index in range(count)]
+
+
+def upload(
+    values: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """Numbers of the host as a tensor on the device, in one copy that nothing waits for."""
+    pinned = torch.device(device).type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
