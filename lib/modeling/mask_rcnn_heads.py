@@ -53,7 +53,7 @@ class mask_rcnn_outputs(nn.Module):
     def of_class(self, x: Tensor, labels: Tensor) -> Tensor:
         """Logits (R, M, M) of one class an RoI: features x (R, D, m, m), labels (R,) int64.
 
-        A convolution's other rows are not computed: in training only one of them has a loss.
+        A convolution's other rows are not computed: only one has a loss, or is pasted.
 
         Raises:
             UserError: the features are not M / UPSAMPLE_RATIO on a side.
@@ -69,9 +69,10 @@ class mask_rcnn_outputs(nn.Module):
         logits = logits.float() + self.classify.bias[labels].view(-1, 1, 1, 1)
         return (logits if self.upsample is None else self.upsample(logits)).squeeze(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Probabilities (R, C or 1, M, M) of features x (R, D, m, m); raises as of_class()."""
-        return self._logits(x).sigmoid()
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Probabilities (R, C or 1, M, M) of features x (R, D, m, m), or with labels (R,) int64
+        those of one class an RoI, (R, M, M); raises as of_class()."""
+        return (self._logits(x) if labels is None else self.of_class(x, labels)).sigmoid()
 
     def _logits(self, x: Tensor) -> Tensor:
         self._check_size(x)

@@ -58,6 +58,8 @@ class Generalized_RCNN(nn.Module):
     `cls_score` (R, C) probabilities, `bbox_pred` (R, 4C) deltas and `blob_conv`; with
     MODEL.RPN_ONLY `rois` and `rpn_roi_probs` (R,). `propose()` gives the proposals by image.
     With RETINANET.RETINANET_ON the fields of `retinanet_heads.Candidates`.
+    With `padded=True` `rois` are equally many of each image, empty slots with batch index -1, and
+    the forward does not wait for the device.
     A model without an RPN (MODEL.FASTER_RCNN False) trains from the batch's `proposals` and is
     tested as `model(data, im_info, rois=...)`.
 
@@ -140,7 +142,9 @@ class Generalized_RCNN(nn.Module):
             return self._forward_train(data, im_info, **inputs)
         return self._forward_test(data, im_info, **inputs)
 
-    def _forward_test(self, data: Tensor, im_info: Tensor, rois: Tensor | None = None) -> dict:
+    def _forward_test(
+        self, data: Tensor, im_info: Tensor, rois: Tensor | None = None, padded: bool = False
+    ) -> dict:
         features = self._features(data)
         if cfg.RETINANET.RETINANET_ON:
             logits, deltas = self.RetinaNet_Outs.predict(features[self.rpn_maps])
@@ -148,7 +152,8 @@ class Generalized_RCNN(nn.Module):
         if rois is None:
             proposals = self._proposals(features, im_info)
             rois = _as_rois(proposals.boxes, proposals.valid)
-            rois = rois[proposals.valid.flatten()]
+            if not padded:
+                rois = rois[proposals.valid.flatten()]
             if cfg.MODEL.RPN_ONLY:
                 return {"rois": rois, "rpn_roi_probs": proposals.scores[proposals.valid]}
         blob_conv = self._roi_maps(features)
@@ -336,9 +341,15 @@ class Generalized_RCNN(nn.Module):
         return self._roi_maps(self._features(data))
 
     @torch.no_grad()
-    def mask_net(self, blob_conv: list[Tensor] | Tensor, rpn_blob: dict[str, Tensor]) -> Tensor:
-        """Mask probabilities (R, C, M, M) of `rpn_blob['mask_rois']` (R, 5)."""
-        return self.Mask_Outs(self.Mask_Head(blob_conv, rpn_blob))
+    def mask_net(
+        self,
+        blob_conv: list[Tensor] | Tensor,
+        rpn_blob: dict[str, Tensor],
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Mask probabilities (R, C, M, M) of `rpn_blob['mask_rois']` (R, 5); with labels (R,)
+        int64 only those of each RoI's class, (R, M, M)."""
+        return self.Mask_Outs(self.Mask_Head(blob_conv, rpn_blob), labels)
 
     @torch.no_grad()
     def keypoint_net(self, blob_conv: list[Tensor] | Tensor, rpn_blob: dict[str, Tensor]) -> Tensor:
