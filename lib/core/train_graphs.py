@@ -107,8 +107,6 @@ class StepGraphs:
         return recorded.names, recorded.own.clone(), recorded.means.clone()
 
     def _record(self, key: Hashable, inputs: dict[str, Any]) -> _Recorded:
-        while len(self._graphs) >= MOST_GRAPHS:
-            self._graphs.popitem(last=False)
         graph, stream = torch.cuda.CUDAGraph(), training_stream(self._device)
         try:
             # Threads that pin batches or write checkpoints may go on as they like.
@@ -123,6 +121,8 @@ class StepGraphs:
                 "yours in the model waits for the GPU, train with --set MODEL.CUDA_GRAPHS False"
             ) from error
         self._graphs[key] = recorded
+        if len(self._graphs) > MOST_GRAPHS:  # not before: the pool lives as long as a graph does
+            self._graphs.popitem(last=False)
         return recorded
 
     def _give_up(self) -> None:
