@@ -2,6 +2,7 @@
 
 from .box_voting import SCORING_METHODS as VOTING_METHODS
 from .box_voting import box_voting
+from .group_norm import group_norm
 from .image_batch import image_batch
 from .nms import batched_nms, nms
 from .paste_masks import masks_to_rles, paste_masks
@@ -19,6 +20,7 @@ __all__ = [
     "batched_nms",
     "batched_soft_nms",
     "box_voting",
+    "group_norm",
     "image_batch",
     "masks_to_rles",
     "nms",

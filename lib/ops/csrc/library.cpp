@@ -48,6 +48,12 @@ TORCH_LIBRARY(detectron, m) {
   m.def(
       "encode_masks(Tensor masks, Tensor boxes, int im_h, int im_w, float thresh)"
       " -> (Tensor, Tensor)");
+  m.def(
+      "group_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int groups, float eps,"
+      " bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean,"
+      " Tensor rstd, Tensor? out, int groups, bool relu) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(detectron, CPU, m) {
@@ -67,6 +73,8 @@ TORCH_LIBRARY_IMPL(detectron, CPU, m) {
   m.impl("box_voting", &detectron::cpu::box_voting);
   m.impl("paste_masks", &detectron::cpu::paste_masks);
   m.impl("encode_masks", &detectron::cpu::encode_masks);
+  m.impl("group_norm", &detectron::cpu::group_norm);
+  m.impl("group_norm_backward", &detectron::cpu::group_norm_backward);
 }
 
 #ifdef WITH_CUDA
@@ -87,6 +95,8 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
   m.impl("box_voting", &detectron::cuda::box_voting);
   m.impl("paste_masks", &detectron::cuda::paste_masks);
   m.impl("encode_masks", &detectron::cuda::encode_masks);
+  m.impl("group_norm", &detectron::cuda::group_norm);
+  m.impl("group_norm_backward", &detectron::cuda::group_norm_backward);
 }
 #else
 namespace {
@@ -102,7 +112,8 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
   for (const char* name : {"nms", "batched_nms", "roi_align", "roi_align_backward", "roi_pool",
                            "roi_pool_backward", "roi_crop", "roi_crop_backward", "ps_roi_pool",
                            "ps_roi_pool_backward", "image_batch", "polygons_to_masks",
-                           "batched_soft_nms", "box_voting", "paste_masks", "encode_masks"}) {
+                           "batched_soft_nms", "box_voting", "paste_masks", "encode_masks",
+                           "group_norm", "group_norm_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
   }
 }

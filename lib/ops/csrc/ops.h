@@ -60,6 +60,13 @@ using Scales = at::ArrayRef<double>;
       const Tensor& masks, const Tensor& boxes, int64_t im_h, int64_t im_w, double thresh);      \
   std::tuple<Tensor, Tensor> encode_masks(                                                       \
       const Tensor& masks, const Tensor& boxes, int64_t im_h, int64_t im_w, double thresh);      \
+  std::tuple<Tensor, Tensor, Tensor> group_norm(                                                 \
+      const Tensor& x, const Tensor& weight, const Tensor& bias,                                 \
+      const std::optional<Tensor>& residual, int64_t groups, double eps, bool relu);             \
+  std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(                                \
+      const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,             \
+      const Tensor& mean, const Tensor& rstd, const std::optional<Tensor>& out, int64_t groups,  \
+      bool relu);                                                                                \
   }
 
 DETECTRON_OPS(cpu)
