@@ -393,6 +393,8 @@ class _Loop:
             self._writer.wait()
 
     def close(self) -> None:
+        if self._graphs is not None:
+            logger.info("%s", self._graphs)
         if self._writer is not None:
             self._writer.close()
 

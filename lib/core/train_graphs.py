@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class StepGraphs:
         self._seen: set[Hashable] = set()
         self._graphs: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._recording = True
+        self._replays, self._seconds = 0, 0.0
         for group in optimizer.param_groups:
             if "capturable" in group:  # Adam counts its steps on the device then
                 group["capturable"] = True
@@ -104,9 +106,11 @@ class StepGraphs:
         recorded = self._graphs.get(key) or self._record(key, static)
         self._graphs.move_to_end(key)
         recorded.graph.replay()
+        self._replays += 1
         return recorded.names, recorded.own.clone(), recorded.means.clone()
 
     def _record(self, key: Hashable, inputs: dict[str, Any]) -> _Recorded:
+        begin = time.perf_counter()
         graph, stream = torch.cuda.CUDAGraph(), training_stream(self._device)
         try:
             # Threads that pin batches or write checkpoints may go on as they like.
@@ -123,7 +127,14 @@ class StepGraphs:
         self._graphs[key] = recorded
         if len(self._graphs) > MOST_GRAPHS:  # not before: the pool lives as long as a graph does
             self._graphs.popitem(last=False)
+        self._seconds += time.perf_counter() - begin
         return recorded
+
+    def __str__(self) -> str:
+        return (
+            f"{self._replays} steps replayed one of {len(self._graphs)} recorded CUDA graphs; "
+            f"recording took {self._seconds:.1f} s"
+        )
 
     def _give_up(self) -> None:
         """Leave the memory of the recorded steps to the steps themselves from here on."""
