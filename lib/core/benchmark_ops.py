@@ -13,6 +13,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import ops
 from core.benchmark import Row, measure
+from core.benchmark_group_norm import group_norm_rows
 from core.benchmark_pooling import pooling_rows, thinning_rows
 from core.benchmark_roi_align import roi_align_rows
 
@@ -104,6 +105,9 @@ def ops_rows(device: torch.device, sizes: OpSizes) -> Iterator[Row]:
         draw_rois,
         sizes.pooled[1][0],
     )
+    rois, side = sizes.pooled[1]
+    norm_shapes = [(*shape, *maps[0]), (rois, sizes.channels, side, side)]
+    yield from group_norm_rows(device, norm_shapes, sizes.dtypes[-1])
     yield from nms_rows(device, sizes, rng)
     yield mask_target_row(device, sizes, rng)
     yield image_row(device, sizes, rng)
