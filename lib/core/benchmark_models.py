@@ -154,8 +154,10 @@ def random_model() -> nn.Module:
     model = Generalized_RCNN()
     _calm(model.Conv_Body)
     if cfg.MODEL.MASK_ON:
-        disc = _disc(cfg.MRCNN.RESOLUTION)
-        model.Mask_Outs.register_forward_hook(lambda _, __, out: out * 0.1 + 0.9 * disc.to(out))
+        outs = model.Mask_Outs
+        # On the device with the model: a copy in every call would have to be waited for.
+        outs.register_buffer("disc", _disc(cfg.MRCNN.RESOLUTION), persistent=False)
+        outs.register_forward_hook(lambda _, __, out: out * 0.1 + 0.9 * outs.disc.to(out))
     return model
 
 

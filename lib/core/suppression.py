@@ -102,6 +102,40 @@ def class_nms_and_limit(
     return survivors[stay], boxes_left[stay], scores_left[stay]
 
 
+def class_nms_in_slots(
+    boxes: Tensor, scores: Tensor, classes: Tensor, used: Tensor, *, nms_thresh: float, limit: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`class_nms_and_limit` of a fixed number of slots an image, without waiting for the device.
+
+    Args:
+        boxes: (N, S, 4) float32; scores: (N, S) float32, not negative; classes: (N, S) int64.
+        used: (N, S) bool, slots that hold a box.
+        nms_thresh: as in `class_nms_and_limit`; limit: at least 1.
+
+    Returns:
+        slot: (N, L) int64, L = min(S, limit): the slots of the survivors, ordered by class, then
+            slot; any slot where there are fewer.
+        kept: (N, L) bool, where `slot` is a survivor's.
+        tied: (N,) bool, images of which one more should stay, as it ties with the last.
+    """
+    num_slots = boxes.shape[1]
+    best = min(num_slots, limit)
+    ranked, order = torch.where(used, scores, -1.0).sort(dim=1, descending=True, stable=True)
+    index, found = ops.batched_nms(
+        boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)),
+        ranked >= 0,
+        nms_thresh,
+        min(num_slots, limit + 1),
+        groups=classes.gather(1, order),
+    )
+    left = ranked.gather(1, index.clamp(min=0))  # any score where there are fewer
+    tied = (found > best) & (left[:, -1] >= left[:, best - 1])
+    slot, kept = order.gather(1, index[:, :best].clamp(min=0)), index[:, :best] >= 0
+    place = classes.gather(1, slot) * num_slots + slot
+    place = torch.where(kept, place, torch.iinfo(torch.int64).max).argsort(dim=1)
+    return slot.gather(1, place), kept.gather(1, place), tied
+
+
 def _within_limit(scores: Tensor, images: Tensor, limit: int) -> Tensor:
     """Indices of the detections that score at least as well as the `limit`-th best of their
     image."""

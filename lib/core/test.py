@@ -6,17 +6,22 @@ leave the device at the very end (`class_results`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import utils.heatmaps as heatmap_utils
 from core.config import cfg
+from core.detections import (
+    ClassBoxes,
+    ClassKeyps,
+    ClassSegms,
+    Detections,
+    class_results,
+)
 from core.errors import UserError
 from core.suppression import class_nms_and_limit
 from core.test_arrays import (
@@ -40,6 +45,7 @@ from core.test_arrays import (
 from core.test_augment import Pairs, box_outputs, candidates, keypoint_maps, mask_maps
 from core.test_forward import ImageBatch, own_channel, plain_view
 from core.test_retinanet import retinanet_detections
+from core.test_slots import fits_in_slots, queue_in_slots
 from ops import masks_to_rles
 from utils.blob import Placed
 
@@ -70,27 +76,9 @@ __all__ = [
     "im_detect_mask_scale",
     "keypoint_results",
     "network_size",
+    "queue_batch",
     "segm_results",
 ]
-
-ClassBoxes = list[np.ndarray | list]
-ClassSegms = list[list[dict[str, Any]]]
-ClassKeyps = list[list[np.ndarray]]
-
-OKS_THRESH = 0.3  # KRCNN.NMS_OKS: people more alike than this are one
-
-
-@dataclass
-class Detections:
-    """What was found in one image; tensors on the model's device, ordered by class."""
-
-    boxes: Tensor  # (n, 4) float32, pixels of the image as given
-    scores: Tensor  # (n,) float32
-    classes: Tensor  # (n,) int64, 1 .. NUM_CLASSES - 1
-    masks: Tensor | None  # (n, M, M) float32 probabilities of the detection's own class
-    heatmaps: Tensor | None  # (n, K, S, S) float32 keypoint logits
-    height: int
-    width: int
 
 
 def im_detect_all(
@@ -120,7 +108,6 @@ def im_detect_all(
         return class_results(detections, cfg.MODEL.NUM_CLASSES)
 
 
-@torch.inference_mode()
 def detect_batch(
     model: nn.Module,
     images: Sequence[np.ndarray],
@@ -131,12 +118,34 @@ def detect_batch(
     proposals: Sequence[np.ndarray] | None = None,
 ) -> list[Detections]:
     """Detections of several images in one forward pass; what an image gives does not depend on the
-    others.
+    others. Arguments and errors as of `queue_batch`.
+
+    timers: as in `im_detect_all`; with them the work is not queued as a whole, but step by step.
+    """
+    return queue_batch(
+        model, images, timers, packed=packed, left_right=left_right, proposals=proposals
+    )()
+
+
+@torch.inference_mode()
+def queue_batch(
+    model: nn.Module,
+    images: Sequence[np.ndarray],
+    timers: Mapping[str, Any] | None = None,
+    *,
+    packed: tuple[Tensor, list[Placed]] | None = None,
+    left_right: Pairs | None = None,
+    proposals: Sequence[np.ndarray] | None = None,
+) -> Callable[[], list[Detections]]:
+    """Let the device begin with a batch; whoever wants the detections calls what is returned.
+
+    On a GPU the host does not wait until then, in the usual case (`test_slots.fits_in_slots`), and
+    may queue the next batch meanwhile. Call it under the same autocast.
 
     Args:
         model: `Generalized_RCNN` in eval mode, bare or inside a DataParallel.
         images: (H, W, 3) uint8 BGR, of equal `network_size`.
-        timers: as in `im_detect_all`.
+        timers: as in `detect_batch`.
         packed: the same images as `utils.blob.pack_images` gives them, if that is at hand.
         left_right: indices of the keypoints that change places in a mirrored image (KPS_AUG); by
             default those of COCO's persons.
@@ -154,6 +163,23 @@ def detect_batch(
             f"images of one batch must have equal padded sizes, not those of {batch.sizes}"
         )
 
+    def step_by_step() -> list[Detections]:
+        return _detect(net, batch, timers, left_right)
+
+    # Without a GPU empty slots would only cost time: there is nothing to wait for.
+    if timers is not None or proposals is not None or batch.device.type != "cuda":
+        return step_by_step
+    return queue_in_slots(net, batch, step_by_step) if fits_in_slots(net) else step_by_step
+
+
+@torch.inference_mode()
+def _detect(
+    net: nn.Module,
+    batch: ImageBatch,
+    timers: Mapping[str, Any] | None,
+    left_right: Pairs | None,
+) -> list[Detections]:
+    """The detections of a batch, whatever the config asks for."""
     with _timed(timers, "im_detect_bbox"):
         if cfg.RETINANET.RETINANET_ON:
             boxes, scores, cls, image = retinanet_detections(net, batch)
@@ -164,7 +190,7 @@ def detect_batch(
             boxes, scores, cls, image = candidates(outputs)
             keep, boxes, scores = _select(boxes, scores, cls, image)
             cls, image = cls[keep], image[keep]
-        counts = torch.bincount(image, minlength=len(images)).tolist()
+        counts = torch.bincount(image, minlength=len(batch.sizes)).tolist()
 
     masks = heatmaps = None
     if cfg.MODEL.MASK_ON:
@@ -181,41 +207,6 @@ def detect_batch(
         Detections(*part, *size)
         for part, size in zip(zip(*parts, strict=True), batch.sizes, strict=True)
     ]
-
-
-@torch.inference_mode()
-def class_results(
-    detections: Detections, num_classes: int
-) -> tuple[ClassBoxes, ClassSegms | None, ClassKeyps | None]:
-    """`cls_boxes, cls_segms, cls_keyps` of one image, as `im_detect_all` returns them."""
-    d = detections
-    dets = torch.cat([d.boxes, d.scores[:, None]], dim=1).cpu().numpy()
-    classes = d.classes.cpu().numpy()
-    keep = np.arange(len(dets))
-    points = None
-    if d.heatmaps is not None:
-        points = heatmap_utils.heatmaps_to_keypoints(
-            d.heatmaps, d.boxes, cfg.KRCNN.INFERENCE_MIN_SIZE
-        )
-        points = points.cpu().numpy()
-        if cfg.KRCNN.NMS_OKS and len(dets):
-            keep = np.array(heatmap_utils.nms_oks(points, dets, OKS_THRESH))
-            keep = keep[np.argsort(classes[keep], kind="stable")]
-    dets, counts = dets[keep], np.bincount(classes[keep], minlength=num_classes)
-    ends = counts.cumsum()
-    spans = [slice(end - n, end) for n, end in zip(counts, ends, strict=True)]
-    cls_boxes: ClassBoxes = [dets[span] for span in spans]
-    cls_boxes[0] = []
-    cls_segms = cls_keyps = None
-    if d.masks is not None:
-        kept = torch.from_numpy(keep).to(d.masks.device)
-        rles = masks_to_rles(
-            d.masks[kept], d.boxes[kept], d.height, d.width, cfg.MRCNN.THRESH_BINARIZE
-        )
-        cls_segms = [rles[span] for span in spans]
-    if points is not None:
-        cls_keyps = [list(points[keep][span]) for span in spans]
-    return cls_boxes, cls_segms, cls_keyps
 
 
 def network_size(height: int, width: int) -> tuple[int, int]:

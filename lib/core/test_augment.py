@@ -26,7 +26,7 @@ from core.test_forward import (
     forward_views,
     heatmaps,
     mask_probabilities,
-    own_channel,
+    own_mask_probabilities,
     plain_view,
 )
 from utils.heatmaps import flip_heatmaps
@@ -117,8 +117,10 @@ def mask_maps(
     by_logit = bool(views) and heuristic == "LOGIT_AVG"
 
     def predict(blob_conv: Any, rois: Tensor, rows: Tensor | slice) -> Tensor:
-        maps = mask_probabilities(net, blob_conv, rois)
-        maps = maps if cls is None else own_channel(maps, cls[rows])
+        if cls is None:
+            maps = mask_probabilities(net, blob_conv, rois)
+        else:
+            maps = own_mask_probabilities(net, blob_conv, rois, cls[rows])
         return _logit(maps) if by_logit else maps
 
     maps = _over_views(net, boxes, image, features, views, predict, lambda m: m.flip(-1), heuristic)

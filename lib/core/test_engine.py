@@ -34,6 +34,7 @@ from core.test_results import (
     split_range,
     test_fingerprint,
 )
+from core.test_slots import forget_graphs
 from core.train_engine import place_model, prepare_device
 from datasets import task_evaluation
 from datasets.dataset_catalog import resolve_dataset
@@ -84,6 +85,7 @@ def run_inference(args: argparse.Namespace, ind_range: tuple[int, int] | None = 
                 results.update(_join_and_score(name, folder, shares))
         else:
             results.update(test_net_on_dataset(model, name, folder, **_options(args)))
+    forget_graphs(model)  # a training goes on after its evaluation, and needs the memory
     return results
 
 

@@ -6,7 +6,7 @@ back is in pixels of the image as given, on the model's device, for a whole batc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import utils.blob as blob_utils
 import utils.boxes as box_utils
 from core.config import cfg
 from core.test_proposals import run_on_proposals
+from modeling.model_builder import Generalized_RCNN
 from utils.device import upload
 
 
@@ -206,10 +207,15 @@ def forward(net: nn.Module, images: ImageBatch, view: View) -> tuple[Output, Fea
     it."""
     (shown,) = images.show([view])
     out = _run(net, images, shown)
+    return read_output(view, shown, out), Features(images, out["blob_conv"], shown.scales)
+
+
+def read_output(view: View, shown: Shown, out: Mapping[str, Any]) -> Output:
+    """The network's output `out` for one view of all images of a batch. RoIs in empty slots
+    (batch index -1) belong to image -1."""
     image, rois = _split_rois(out["rois"], shown.scales)
     scores, deltas = out["cls_score"].float(), out["bbox_pred"].float()
-    output = Output(view, shown.extents, rois, image, scores, deltas)
-    return output, Features(images, out["blob_conv"], shown.scales)
+    return Output(view, shown.extents, rois, image, scores, deltas)
 
 
 def forward_views(net: nn.Module, images: ImageBatch, views: Sequence[View]) -> list[Output]:
@@ -263,6 +269,13 @@ def mask_probabilities(net: nn.Module, blob_conv: Any, rois: Tensor) -> Tensor:
         channels = cfg.MODEL.NUM_CLASSES if cfg.MRCNN.CLS_SPECIFIC_MASK else 1
         return rois.new_zeros(0, channels, cfg.MRCNN.RESOLUTION, cfg.MRCNN.RESOLUTION)
     return net.mask_net(blob_conv, {"mask_rois": rois}).float()
+
+
+def own_mask_probabilities(net: nn.Module, blob_conv: Any, rois: Tensor, classes: Tensor) -> Tensor:
+    """(n, M, M) float32 mask probabilities of RoIs (n, 5), each of its class (n,)."""
+    if isinstance(net, Generalized_RCNN) and len(rois):
+        return net.mask_net(blob_conv, {"mask_rois": rois}, classes).float()
+    return own_channel(mask_probabilities(net, blob_conv, rois), classes)  # an exported model
 
 
 def heatmaps(net: nn.Module, blob_conv: Any, rois: Tensor) -> Tensor:
