@@ -67,7 +67,9 @@ class CudaGraphs:
                 if recording is not None:
                     return self._replay(recording, inputs)
         outputs = function(*inputs)
-        self._seen[full_key] = [y if y is None else y.to("meta") for y in outputs]
+        self._seen[full_key] = [
+            y if y is None else torch.empty_like(y, device="meta") for y in outputs
+        ]
         return outputs
 
     def __len__(self) -> int:
