@@ -91,6 +91,7 @@ class CudaGraphs:
                 reason = str(error.__context__ or error).splitlines()[0]
                 logger.warning("no CUDA graph for inputs of this size, slower: %s", reason)
                 self._refused.add(key)
+                self._pool = None  # a recording that broke off leaves it in use
                 return None
         self._recordings[key] = found
         return found
@@ -101,8 +102,7 @@ class CudaGraphs:
         device = inputs[0].device
         with torch.cuda.device(device):
             if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-                self._stream = torch.cuda.Stream()
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             static = [self._buffer(("in", i), x, device) for i, x in enumerate(inputs)]
             outputs = [
                 None if y is None else self._buffer(("out", i), y, device)
@@ -112,9 +112,11 @@ class CudaGraphs:
                 buffer.copy_(x)
             graph = torch.cuda.CUDAGraph()
             # Casts of weights that autocast keeps from call to call would be missing here. Other
-            # threads may go on allocating and copying meanwhile.
+            # threads may go on allocating and copying meanwhile. A recording that breaks off would
+            # leave its stream the current one.
             with (
                 _autocast_without_cache(),
+                torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(
                     graph, self._pool, self._stream, capture_error_mode="thread_local"
                 ),
