@@ -259,6 +259,7 @@ def number_of_jobs() -> int:
 def build_operators() -> None:
     chain = make_toolchain()
     sources = sorted((OPS / "csrc").glob("*_cpu.cpp")) + [OPS / "csrc" / "library.cpp"]
+    sources += sorted((OPS / "csrc").glob("*_autograd.cpp"))
     if chain.compile_cuda:
         sources += sorted((OPS / "csrc").glob("*_launch.cpp"))
         sources += sorted((OPS / "csrc").glob("*_cuda.cu"))

@@ -1,6 +1,7 @@
 // Schemas of the operators and their registration. Only torch/library.h: one build serves any Python.
 #include <torch/library.h>
 
+#include "conv_act.h"
 #include "ops.h"
 
 TORCH_LIBRARY(detectron, m) {
@@ -54,6 +55,20 @@ TORCH_LIBRARY(detectron, m) {
   m.def(
       "group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean,"
       " Tensor rstd, Tensor? out, int groups, bool relu) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("bias_act_(Tensor(a!) y, Tensor? bias, Tensor? residual, bool relu) -> ()");
+  m.def("relu_backward(Tensor grad, Tensor y, bool with_sum) -> (Tensor, Tensor)");
+  m.def("channel_sum(Tensor map) -> Tensor");
+  m.def("add_upsampled(Tensor lateral, Tensor top) -> Tensor");
+  m.def("sum_2x2(Tensor map) -> Tensor");
+  m.def(
+      "conv_act(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, bool relu,"
+      " int[2] stride, int[2] padding, int[2] dilation, bool transposed, int groups) -> Tensor");
+  m.def("upsample_add(Tensor lateral, Tensor top) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(detectron, CompositeImplicitAutograd, m) {
+  m.impl("conv_act", &detectron::conv_act);
+  m.impl("upsample_add", &detectron::upsample_add);
 }
 
 TORCH_LIBRARY_IMPL(detectron, CPU, m) {
@@ -75,6 +90,11 @@ TORCH_LIBRARY_IMPL(detectron, CPU, m) {
   m.impl("encode_masks", &detectron::cpu::encode_masks);
   m.impl("group_norm", &detectron::cpu::group_norm);
   m.impl("group_norm_backward", &detectron::cpu::group_norm_backward);
+  m.impl("bias_act_", &detectron::cpu::bias_act_);
+  m.impl("relu_backward", &detectron::cpu::relu_backward);
+  m.impl("channel_sum", &detectron::cpu::channel_sum);
+  m.impl("add_upsampled", &detectron::cpu::add_upsampled);
+  m.impl("sum_2x2", &detectron::cpu::sum_2x2);
 }
 
 #ifdef WITH_CUDA
@@ -97,6 +117,11 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
   m.impl("encode_masks", &detectron::cuda::encode_masks);
   m.impl("group_norm", &detectron::cuda::group_norm);
   m.impl("group_norm_backward", &detectron::cuda::group_norm_backward);
+  m.impl("bias_act_", &detectron::cuda::bias_act_);
+  m.impl("relu_backward", &detectron::cuda::relu_backward);
+  m.impl("channel_sum", &detectron::cuda::channel_sum);
+  m.impl("add_upsampled", &detectron::cuda::add_upsampled);
+  m.impl("sum_2x2", &detectron::cuda::sum_2x2);
 }
 #else
 namespace {
@@ -113,7 +138,9 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
                            "roi_pool_backward", "roi_crop", "roi_crop_backward", "ps_roi_pool",
                            "ps_roi_pool_backward", "image_batch", "polygons_to_masks",
                            "batched_soft_nms", "box_voting", "paste_masks", "encode_masks",
-                           "group_norm", "group_norm_backward"}) {
+                           "group_norm", "group_norm_backward",
+                           "bias_act_", "relu_backward", "channel_sum", "add_upsampled",
+                           "sum_2x2"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
   }
 }

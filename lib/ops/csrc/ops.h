@@ -67,6 +67,13 @@ using Scales = at::ArrayRef<double>;
       const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,             \
       const Tensor& mean, const Tensor& rstd, const std::optional<Tensor>& out, int64_t groups,  \
       bool relu);                                                                                \
+  void bias_act_(                                                                                \
+      const Tensor& y, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, \
+      bool relu);                                                                                \
+  std::tuple<Tensor, Tensor> relu_backward(const Tensor& grad, const Tensor& y, bool with_sum);  \
+  Tensor channel_sum(const Tensor& map);                                                         \
+  Tensor add_upsampled(const Tensor& lateral, const Tensor& top);                                \
+  Tensor sum_2x2(const Tensor& map);                                                             \
   }
 
 DETECTRON_OPS(cpu)
