@@ -2,6 +2,7 @@
 
 from .box_voting import SCORING_METHODS as VOTING_METHODS
 from .box_voting import box_voting
+from .conv_act import conv_act
 from .group_norm import group_norm
 from .image_batch import image_batch
 from .nms import batched_nms, nms
@@ -13,6 +14,7 @@ from .roi_crop import roi_crop
 from .roi_pool import roi_pool
 from .soft_nms import METHODS as SOFT_NMS_METHODS
 from .soft_nms import batched_soft_nms, soft_nms
+from .upsample_add import upsample_add
 
 __all__ = [
     "SOFT_NMS_METHODS",
@@ -20,6 +22,7 @@ __all__ = [
     "batched_nms",
     "batched_soft_nms",
     "box_voting",
+    "conv_act",
     "group_norm",
     "image_batch",
     "masks_to_rles",
@@ -31,4 +34,5 @@ __all__ = [
     "roi_crop",
     "roi_pool",
     "soft_nms",
+    "upsample_add",
 ]
