@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -22,6 +23,7 @@ from core.failures import explained
 from core.signals import StopRequest
 from core.train_batches import batches_on_devices
 from core.train_graphs import Names, StepGraphs, StepValues, on_training_stream
+from core.train_replicas import Replicas
 from nn.parallel import DataParallel
 from utils.training_stats import NonFiniteLossError, TrainingStats
 
@@ -53,7 +55,7 @@ class TrainSettings:
         notes: further entries of checkpoints.
         scale_momentum: with the two below, SOLVER.SCALE_MOMENTUM, _THRESHOLD and _TWICE.
         log_lr_change_threshold: a change of the rate by more than this factor is logged.
-        cuda_graphs: replay recorded steps (core.train_graphs) where one GPU does a step in one pass
+        cuda_graphs: replay recorded steps (core.train_graphs) where GPUs do a step in one pass
             without a loss scale.
     """
 
@@ -165,7 +167,7 @@ def train(
     model.train()
     step, signal = settings.start_step, 0
     try:
-        with StopRequest() as stop, on_training_stream(model.devices[0]):
+        with StopRequest() as stop, on_training_stream(*model.devices):
             batches = batches_on_devices(loader, model)
             for step in range(settings.start_step, settings.max_iter):
                 rate = learning_rate(step)
@@ -227,12 +229,14 @@ class _Loop:
         self._settings, self._stats = settings, stats
         self._evaluate, self._draw = evaluate, draw
         self._scaler = torch.amp.GradScaler(model.devices[0].type, enabled=settings.amp == "fp16")
-        self._graphs = None
-        one_gpu = len(model.devices) == 1 and model.devices[0].type == "cuda"
+        self._recorded: StepGraphs | Replicas | None = None
         one_pass = settings.iter_size == 1 and not self._scaler.is_enabled()
-        if settings.cuda_graphs and one_gpu and one_pass:
-            warm_up = DDP_WARM_UP if ranks.world_size() > 1 else 0
-            self._graphs = StepGraphs(self._whole_step, optimizer, model.devices[0], warm_up)
+        if settings.cuda_graphs and model.devices[0].type == "cuda" and one_pass:
+            if len(model.devices) > 1:
+                self._recorded = Replicas(model, self._pass, self._update, optimizer)
+            else:
+                warm_up = DDP_WARM_UP if ranks.world_size() > 1 else 0
+                self._recorded = StepGraphs(self._whole_step, optimizer, model.devices[0], warm_up)
         self._best: dict[str, Any] | None = None
         self._batch: Mapping[str, Any] = {}
         self._writer = None
@@ -263,28 +267,34 @@ class _Loop:
             inputs, self._batch = next(batches)
             data_seconds += time.perf_counter() - before
             image_ids += [i for entry in self._batch.get("image_ids", ()) for i in entry]
-            if self._graphs is not None:
-                ((_, kwargs),) = inputs
-                kwargs.pop("image_ids", None)  # other ones in every batch
-                names, own, values = self._graphs(kwargs)
+            if self._recorded is not None:
+                names, own, values = self._recorded(inputs)
                 break
             exchange = contextlib.nullcontext()
             if number < iter_size:
                 exchange = ranks.without_exchange(self._model.module)
             with exchange:
-                names, pass_values = self._pass(inputs)
+                names, pass_values = self._pass(functools.partial(self._forward, inputs))
             own = own + pass_values / iter_size
         else:
             values = self._update(names, own)
         self._stats.record(step, names, values, own, image_ids, data_seconds)
 
-    def _pass(self, inputs: list[tuple]) -> tuple[Names, torch.Tensor]:
-        """Forward and backward; the names and values of losses and metrics."""
+    def _forward(self, inputs: list[tuple]) -> Mapping[str, Any]:
+        return self._model.forward_scattered(inputs)
+
+    def _pass(
+        self, forward: Callable[[], Mapping[str, Any]], share: int = 1
+    ) -> tuple[Names, torch.Tensor]:
+        """Forward and backward; the names and values of losses and metrics.
+
+        share: what the gradients are divided by.
+        """
         dtype = AMP_DTYPES[self._settings.amp]
         with torch.autocast(self._model.devices[0].type, dtype, enabled=dtype is not None):
-            output = self._model.forward_scattered(inputs)
+            output = forward()
         losses = _stacked(output["losses"])
-        self._backward(losses.sum())
+        self._backward(losses.sum() / share)
         values = losses.detach()
         if output["metrics"]:
             values = torch.cat([values, _stacked(output["metrics"]).detach()])
@@ -292,7 +302,7 @@ class _Loop:
 
     def _whole_step(self, **inputs: Any) -> StepValues:
         """What is recorded of a step of one pass."""
-        names, own = self._pass([((), inputs)])
+        names, own = self._pass(functools.partial(self._forward, [((), inputs)]))
         return names, own, self._update(names, own)
 
     def _backward(self, loss: torch.Tensor) -> None:
@@ -393,8 +403,8 @@ class _Loop:
             self._writer.wait()
 
     def close(self) -> None:
-        if self._graphs is not None:
-            logger.info("%s", self._graphs)
+        if self._recorded is not None:
+            logger.info("%s", self._recorded)
         if self._writer is not None:
             self._writer.close()
 

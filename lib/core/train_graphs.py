@@ -39,75 +39,71 @@ def training_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def on_training_stream(device: torch.device) -> Iterator[None]:
-    """Queue the block's work on `training_stream`, between what was queued before and after it;
-    nothing on the CPU."""
-    if device.type != "cuda":
+def on_training_stream(*devices: torch.device) -> Iterator[None]:
+    """Queue the block's work on the devices' `training_stream`, between what was queued before and
+    after it; nothing on the CPU. The first device is the current one inside."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    outside = [torch.cuda.current_stream(device) for device in gpus]
+    with contextlib.ExitStack() as stack:
+        for device, before in zip(gpus[::-1], outside[::-1], strict=True):
+            training_stream(device).wait_stream(before)
+            stack.enter_context(torch.cuda.stream(training_stream(device)))
         yield
-        return
-    outside, stream = torch.cuda.current_stream(device), training_stream(device)
-    stream.wait_stream(outside)
-    with torch.cuda.stream(stream):
-        yield
-    outside.wait_stream(stream)
+    for device, after in zip(gpus, outside, strict=True):
+        after.wait_stream(training_stream(device))
 
 
-class StepGraphs:
-    """Runs steps: the first of a shape of batch as it is, later ones as a recorded graph.
+class RecordedCalls:
+    """Calls a function as it is the first time that inputs of a shape come, and replays it later.
 
     Args:
-        step: keyword inputs -> what the step reports, on the device. It trains: forward,
-            backward and update. Nothing in it waits for the device, and nothing that it leaves
-            behind is new, apart from the values it returns.
-        optimizer: whose rates may change from step to step.
+        function: keyword inputs -> (names, tensors...), on the device. Nothing in it waits for the
+            device, and nothing that it leaves behind is new, apart from what it returns.
         device: a GPU.
-        warm_up: steps before the first recording.
+        abandon: called when the memory was full in the middle of a call, before it is done again.
+        warm_up: calls before the first recording.
     """
 
     def __init__(
         self,
-        step: Callable[..., StepValues],
-        optimizer: torch.optim.Optimizer,
+        function: Callable[..., tuple],
         device: torch.device,
+        abandon: Callable[[], None],
         warm_up: int = 0,
     ) -> None:
-        self._step, self._optimizer, self._device = step, optimizer, device
-        self._rates = DeviceRates(optimizer, device)
+        self._function, self._device, self._abandon = function, device, abandon
+        self._calls_to_warm_up = warm_up
         self._inputs = StaticInputs(device)
-        self._steps_to_warm_up = warm_up
         self._pool = torch.cuda.graph_pool_handle()
         self._seen: set[Hashable] = set()
         self._graphs: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._recording = True
         self._replays, self._seconds = 0, 0.0
-        for group in optimizer.param_groups:
-            if "capturable" in group:  # Adam counts its steps on the device then
-                group["capturable"] = True
 
-    def __call__(self, inputs: Mapping[str, Any]) -> StepValues:
-        """One step; raises UserError if it cannot be recorded."""
-        with self._rates:
-            try:
-                return self._run(inputs)
-            except torch.cuda.OutOfMemoryError:
-                if not self._graphs:
-                    raise
-                self._give_up()
-                return self._step(**inputs)
+    def __call__(self, inputs: Mapping[str, Any]) -> tuple:
+        """What the function returns, until the next call. Raises UserError if it cannot be
+        recorded."""
+        try:
+            return self._run(inputs)
+        except torch.cuda.OutOfMemoryError:
+            if not self._graphs:
+                raise
+            self._give_up()
+            return self._function(**inputs)
 
-    def _run(self, inputs: Mapping[str, Any]) -> StepValues:
+    def _run(self, inputs: Mapping[str, Any]) -> tuple:
         key = self._inputs.key(inputs)
         known = key in self._seen
         self._seen.add(key)
-        self._steps_to_warm_up -= 1
-        if not self._recording or not known or self._steps_to_warm_up >= 0:
-            return self._step(**inputs)
+        self._calls_to_warm_up -= 1
+        if not self._recording or not known or self._calls_to_warm_up >= 0:
+            return self._function(**inputs)
         static = self._inputs.fill(inputs)
         recorded = self._graphs.get(key) or self._record(key, static)
         self._graphs.move_to_end(key)
         recorded.graph.replay()
         self._replays += 1
-        return recorded.names, recorded.own.clone(), recorded.means.clone()
+        return recorded.outputs
 
     def _record(self, key: Hashable, inputs: dict[str, Any]) -> _Recorded:
         begin = time.perf_counter()
@@ -115,7 +111,7 @@ class StepGraphs:
         try:
             # Threads that pin batches or write checkpoints may go on as they like.
             with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
-                recorded = _Recorded(graph, *self._step(**inputs))
+                recorded = _Recorded(graph, self._function(**inputs))
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -132,28 +128,64 @@ class StepGraphs:
 
     def __str__(self) -> str:
         return (
-            f"{self._replays} steps replayed one of {len(self._graphs)} recorded CUDA graphs; "
-            f"recording took {self._seconds:.1f} s"
+            f"{self._replays} of the steps on {self._device} replayed one of {len(self._graphs)} "
+            f"recorded CUDA graphs; recording took {self._seconds:.1f} s"
         )
 
     def _give_up(self) -> None:
-        """Leave the memory of the recorded steps to the steps themselves from here on."""
+        """Leave the memory of the recordings to the calls themselves from here on."""
         logger.warning(
-            "the GPU's memory is full: going on without CUDA graphs (MODEL.CUDA_GRAPHS), which "
-            "take as much again as a step does"
+            "the memory of %s is full: going on without CUDA graphs (MODEL.CUDA_GRAPHS), which "
+            "take as much again as a step does",
+            self._device,
         )
         self._recording = False
         self._graphs.clear()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._abandon()
         torch.cuda.empty_cache()
+
+
+class StepGraphs:
+    """Recorded steps of one GPU, with forward, backward and update.
+
+    Args:
+        step: keyword inputs -> what the step reports.
+        warm_up: steps before the first recording.
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., StepValues],
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        warm_up: int = 0,
+    ) -> None:
+        self._calls = RecordedCalls(step, device, optimizer.zero_grad, warm_up)
+        self._rates = DeviceRates(optimizer, device)
+        for group in optimizer.param_groups:
+            if "capturable" in group:  # Adam counts its steps on the device then
+                group["capturable"] = True
+
+    def __call__(self, inputs: list[tuple]) -> StepValues:
+        """A step with the inputs that DataParallel.scatter gives for one device."""
+        ((_, kwargs),) = inputs
+        with self._rates:
+            names, own, means = self._calls(recordable(kwargs))
+        return names, own.clone(), means.clone()
+
+    def __str__(self) -> str:
+        return str(self._calls)
+
+
+def recordable(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch without what differs in every batch and the model does not look at."""
+    return {name: value for name, value in inputs.items() if name != "image_ids"}
 
 
 @dataclass(frozen=True)
 class _Recorded:
     graph: torch.cuda.CUDAGraph
-    names: Names
-    own: Tensor  # overwritten by each replay, of other graphs too
-    means: Tensor
+    outputs: tuple  # their tensors are overwritten by each replay, of other graphs too
 
 
 class DeviceRates:

@@ -128,15 +128,18 @@ class Values(TrainingStats):
         super().record(step, names, values, own, image_ids, data_seconds)
 
 
-def run(cuda_graphs, steps=24, amp="off", kind="SGD", module=None):
+def run(cuda_graphs, steps=24, amp="off", kind="SGD", module=None, gpus=1):
     module = (module or Drawing()).cuda()
     torch.manual_seed(3)
     solver = SimpleNamespace(**{**vars(SOLVER), "TYPE": kind})
     optimizer = net_utils.build_optimizer(module, solver)
-    model = mynn.DataParallel(module, [0], cpu_keywords=["image_ids"], minibatch=True)
+    model = mynn.DataParallel(module, list(range(gpus)), cpu_keywords=["image_ids"], minibatch=True)
     settings = TrainSettings(steps, disp_interval=steps, amp=amp, cuda_graphs=cuda_graphs)
     stats = Values(steps)
-    train(model, optimizer, drawn_batches(steps), lambda s: 0.1 / (1 + s), settings, stats)
+    loader = drawn_batches(steps * gpus)
+    parts = [loader[i : i + gpus] for i in range(0, len(loader), gpus)]
+    loader = [{name: [b[name][0] for b in part] for name in part[0]} for part in parts]
+    train(model, optimizer, loader, lambda s: 0.1 / (1 + s), settings, stats)
     return torch.stack(stats.rows).cpu(), module.state_dict()
 
 
@@ -145,15 +148,25 @@ def run(cuda_graphs, steps=24, amp="off", kind="SGD", module=None):
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 def test_recorded_steps_train_as_others_do(monkeypatch, amp, kind):
     recorded = []
-    original = graphs.StepGraphs._record
+    original = graphs.RecordedCalls._record
     monkeypatch.setattr(
-        graphs.StepGraphs, "_record", lambda *args: recorded.append(1) or original(*args)
+        graphs.RecordedCalls, "_record", lambda *args: recorded.append(1) or original(*args)
     )
     rows, weights = run(True, amp=amp, kind=kind)
     assert len(recorded) >= 3  # a graph of each size, and again when the packed input grew
     plain_rows, plain_weights = run(False, amp=amp, kind=kind)
     torch.testing.assert_close(rows, plain_rows, rtol=1e-5, atol=1e-6)
     assert rows[:, 2].tolist() == [5.0 + i for i in range(24)]
+    for name, value in plain_weights.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_replicas_train_as_copies_made_in_every_step_do():
+    rows, weights = run(True, gpus=2)
+    plain_rows, plain_weights = run(False, gpus=2)
+    torch.testing.assert_close(rows, plain_rows, rtol=1e-5, atol=1e-6)
     for name, value in plain_weights.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
 
@@ -168,7 +181,7 @@ def test_old_graphs_make_room(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_full_gpu_goes_on_without_graphs(monkeypatch, caplog):
-    original = graphs.StepGraphs._record
+    original = graphs.RecordedCalls._record
     calls = []
 
     def full_the_third_time(self, *args):
@@ -177,7 +190,7 @@ def test_a_full_gpu_goes_on_without_graphs(monkeypatch, caplog):
             raise torch.cuda.OutOfMemoryError("full")
         return original(self, *args)
 
-    monkeypatch.setattr(graphs.StepGraphs, "_record", full_the_third_time)
+    monkeypatch.setattr(graphs.RecordedCalls, "_record", full_the_third_time)
     with caplog.at_level(logging.WARNING):
         rows, _ = run(True)
     assert len(calls) == 3 and "without CUDA graphs" in caplog.text
