@@ -8,7 +8,7 @@ size of the image.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from core.benchmark import synchronize, timing_of
 from core.benchmark_models import (
     PRECISIONS,
+    Batch,
     Rate,
     Scene,
     calibrate,
@@ -30,9 +31,10 @@ from core.benchmark_models import (
     torchvision_model,
 )
 from core.config import cfg
+from core.detections import Detections, class_results
 from core.errors import UserError
-from core.test import detect_batch
-from core.test_pipeline import FINISHING_THREADS, finish, precision, queue_point
+from core.test import queue_batch
+from core.test_pipeline import FINISHING_THREADS, finish, one_ahead, precision
 from core.train_engine import place_model, prepare_device
 from nn.parallel.scatter import move_to
 from utils.blob import pack_images
@@ -58,24 +60,30 @@ class OwnDetector:
 
     def run(self) -> int:
         """Every batch once; how many detections that made."""
-        kept, pending = 0, []
-        # A latency is that of one image: nothing else is there to be done meanwhile.
-        threads = FINISHING_THREADS if len(self._batches[0][0]) > 1 else 1
-        with ThreadPoolExecutor(threads, "finish") as pool:
-            for images, packed in self._batches:
-                with precision(self.device, self._amp):
-                    found = detect_batch(self._model, images, packed=packed)
+        kept = 0
+        if len(self._batches[0][0]) == 1:  # a latency: nothing else is to be done meanwhile
+            for batch in self._batches:
+                (found,) = self._queue(batch)()
+                kept += len(found.scores)
+                if self._paste:
+                    class_results(found, cfg.MODEL.NUM_CLASSES)
+            synchronize(self.device)
+            return kept
+        pending = []
+        with ThreadPoolExecutor(FINISHING_THREADS, "finish") as pool:
+            for _, found in one_ahead(self._batches, self._queue):
                 kept += sum(len(one.scores) for one in found)
                 if self._paste:
-                    ready = queue_point(self.device)
-                    tasks = [pool.submit(finish, d, cfg.MODEL.NUM_CLASSES, ready) for d in found]
-                    pending += tasks
-                    if len(images) == 1:
-                        tasks[0].result()
+                    pending += [pool.submit(finish, d, cfg.MODEL.NUM_CLASSES) for d in found]
             for task in pending:
                 task.result()
         synchronize(self.device)
         return kept
+
+    def _queue(self, batch: Batch) -> Callable[[], list[Detections]]:
+        images, packed = batch
+        with precision(self.device, self._amp):
+            return queue_batch(self._model, images, packed=packed)
 
 
 class TorchvisionDetector:

@@ -31,6 +31,8 @@ class Detections:
     heatmaps: Tensor | None  # (n, K, S, S) float32 keypoint logits
     height: int
     width: int
+    # Point of the device's queue from which on the tensors hold this; None on the CPU.
+    ready: torch.cuda.Event | None = None
     rows: np.ndarray | None = None  # (n, 6) float32 [box, score, class], if the host knows already
 
     def rows_on_host(self) -> np.ndarray:
@@ -39,6 +41,11 @@ class Detections:
             columns = [self.boxes, self.scores[:, None], self.classes[:, None]]
             self.rows = torch.cat(columns, dim=1).cpu().numpy()
         return self.rows
+
+
+def queue_point(device: torch.device) -> torch.cuda.Event | None:
+    """The point that the device's queue has reached; None on the CPU."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 @torch.inference_mode()

@@ -32,10 +32,11 @@ from core.config import (
     merge_cfg_from_list,
     reset_cfg,
 )
+from core.detections import Detections
 from core.errors import UserError
-from core.test import Detections, detect_batch, network_size
+from core.test import network_size, queue_batch
 from core.test_engine import initialize_model_from_cfg
-from core.test_pipeline import finish, plan_batches, queue_point
+from core.test_pipeline import finish, one_ahead, plan_batches
 from core.train_engine import AMP_DTYPES
 from datasets.vocabulary import Vocabulary, vocabulary_for, vocabulary_of
 from utils.class_count import count_classes
@@ -222,10 +223,10 @@ class Predictor:
         loaded = [_as_image(image) for image in images]
         sizes = [image.shape[:2] for image in loaded]
         results: list[Result] = [None] * len(loaded)
-        for batch in plan_batches(len(loaded), sizes, self.batch_size):
-            found, ready = self._forward([loaded[i] for i in batch])
+        batches = plan_batches(len(loaded), sizes, self.batch_size)
+        for batch, found in one_ahead(batches, lambda b: self._queue([loaded[i] for i in b])):
             for i, detections in zip(batch, found, strict=True):
-                results[i] = self._result(detections, ready)
+                results[i] = self._result(detections)
         return results
 
     def stream(
@@ -246,12 +247,10 @@ class Predictor:
         waiting: deque[Future[Done]] = deque()
         most = FINISHING_THREADS + self.batch_size
         with ThreadPoolExecutor(FINISHING_THREADS, "finish") as threads:
-            for batch in self._batches(read_ahead(images, 2 * self.batch_size)):
-                found, ready = self._forward([image for _, image in batch])
+            batches = self._batches(read_ahead(images, 2 * self.batch_size))
+            for batch, found in one_ahead(batches, lambda b: self._queue([im for _, im in b])):
                 for (key, image), detections in zip(batch, found, strict=True):
-                    waiting.append(
-                        threads.submit(self._complete, key, image, detections, ready, then)
-                    )
+                    waiting.append(threads.submit(self._complete, key, image, detections, then))
                 while waiting and (len(waiting) > most or waiting[0].done()):
                     yield waiting.popleft().result()
             while waiting:
@@ -272,21 +271,24 @@ class Predictor:
                 yield alike.pop(next(iter(alike)))  # the one that has waited longest
         yield from alike.values()
 
-    def _forward(
-        self, images: list[np.ndarray]
-    ) -> tuple[list[Detections], torch.cuda.Event | None]:
-        """Detections of images of equal network size, and when they are there."""
+    def _queue(self, images: list[np.ndarray]) -> Callable[[], list[Detections]]:
+        """Begin with images of equal network size; what is returned waits for the detections."""
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with (
             self._turn,
             on_device,
             torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None),
         ):
-            found = detect_batch(self.model, images)
-            return found, queue_point(self.device)
+            wait = queue_batch(self.model, images)
 
-    def _result(self, detections: Detections, ready: torch.cuda.Event | None) -> Result:
-        by_class = finish(detections, cfg.MODEL.NUM_CLASSES, ready)
+        def take_turns() -> list[Detections]:
+            with self._turn, on_device:
+                return wait()
+
+        return take_turns
+
+    def _result(self, detections: Detections) -> Result:
+        by_class = finish(detections, cfg.MODEL.NUM_CLASSES)
         boxes, rles, keypoints, classes = convert_from_cls_format(*by_class)
         if keypoints is not None:
             shape = (len(keypoints), 4, cfg.KRCNN.NUM_KEYPOINTS)
@@ -307,10 +309,9 @@ class Predictor:
         key: Key,
         image: np.ndarray,
         detections: Detections,
-        ready: torch.cuda.Event | None,
         then: Callable[[Key, np.ndarray, Result], Done],
     ) -> Done:
-        return then(key, image, self._result(detections, ready))
+        return then(key, image, self._result(detections))
 
 
 def _as_image(image: np.ndarray | str | Path) -> np.ndarray:

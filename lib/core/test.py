@@ -21,6 +21,7 @@ from core.detections import (
     ClassSegms,
     Detections,
     class_results,
+    queue_point,
 )
 from core.errors import UserError
 from core.suppression import class_nms_and_limit
@@ -140,7 +141,7 @@ def queue_batch(
     """Let the device begin with a batch; whoever wants the detections calls what is returned.
 
     On a GPU the host does not wait until then, in the usual case (`test_slots.fits_in_slots`), and
-    may queue the next batch meanwhile. Call it under the same autocast.
+    may queue the next batch meanwhile.
 
     Args:
         model: `Generalized_RCNN` in eval mode, bare or inside a DataParallel.
@@ -163,11 +164,17 @@ def queue_batch(
             f"images of one batch must have equal padded sizes, not those of {batch.sizes}"
         )
 
+    kind = batch.device.type
+    precision = torch.autocast(
+        kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+    )
+
     def step_by_step() -> list[Detections]:
-        return _detect(net, batch, timers, left_right)
+        with precision:  # as now, wherever this is called
+            return _detect(net, batch, timers, left_right)
 
     # Without a GPU empty slots would only cost time: there is nothing to wait for.
-    if timers is not None or proposals is not None or batch.device.type != "cuda":
+    if timers is not None or proposals is not None or kind != "cuda":
         return step_by_step
     return queue_in_slots(net, batch, step_by_step) if fits_in_slots(net) else step_by_step
 
@@ -203,8 +210,9 @@ def _detect(
         tensor.split(counts) if tensor is not None else [None] * len(counts)
         for tensor in (boxes, scores, cls, masks, heatmaps)
     ]
+    ready = queue_point(batch.device)
     return [
-        Detections(*part, *size)
+        Detections(*part, *size, ready)
         for part, size in zip(zip(*parts, strict=True), batch.sizes, strict=True)
     ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ from core.test import (
     ClassSegms,
     Detections,
     class_results,
-    detect_batch,
     network_size,
+    queue_batch,
 )
 from core.test_augment import Pairs
 from core.train_engine import AMP_DTYPES
@@ -39,6 +39,7 @@ from utils.blob import Placed, pack_images
 from utils.image import read_image
 
 T = TypeVar("T")
+Done = TypeVar("Done")
 
 FINISHING_THREADS = 2
 # Images whose masks may wait to be pasted; they hold device memory.
@@ -135,26 +136,34 @@ def detect_files(
     stages = stages or Stages()
     loader = decoded_batches(paths, sizes, batch_size, num_workers, device)
     waiting: deque[tuple[int, np.ndarray, Future]] = deque()
+
+    def queue(batch: DecodedBatch) -> Callable[[], list[Detections]]:
+        if not batch.indices:
+            return list
+        with stages.timed("detect"), precision(device, amp):
+            wait = queue_batch(
+                model,
+                batch.images(),
+                packed=(batch.pixels, batch.places),
+                left_right=left_right,
+                proposals=proposals and [proposals[i] for i in batch.indices],
+            )
+
+        def timed() -> list[Detections]:
+            with stages.timed("detect"):
+                return wait()
+
+        return timed
+
     with ThreadPoolExecutor(FINISHING_THREADS, "finish") as threads:
-        for batch in stages.waits("decode", loader):
+        for batch, detections in one_ahead(stages.waits("decode", loader), queue):
             while batch.errors and waiting:  # an error may be the end: nothing done is lost
                 yield _result(*waiting.popleft())
             for index, message in batch.errors:
                 yield FileResult(index, None, None, None, error=UserError(message))
-            if batch.indices:
-                images = batch.images()
-                with stages.timed("detect"), precision(device, amp):
-                    detections = detect_batch(
-                        model,
-                        images,
-                        packed=(batch.pixels, batch.places),
-                        left_right=left_right,
-                        proposals=proposals and [proposals[i] for i in batch.indices],
-                    )
-                ready = queue_point(device)
-                for index, image, found in zip(batch.indices, images, detections, strict=True):
-                    future = threads.submit(finish, found, cfg.MODEL.NUM_CLASSES, ready)
-                    waiting.append((index, image, future))
+            for index, image, found in zip(batch.indices, batch.images(), detections, strict=True):
+                future = threads.submit(finish, found, cfg.MODEL.NUM_CLASSES)
+                waiting.append((index, image, future))
             while waiting and (len(waiting) > MOST_UNFINISHED or waiting[0][2].done()):
                 with stages.timed("finish"):
                     result = _result(*waiting.popleft())
@@ -235,20 +244,32 @@ def _quiet_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)
 
 
-def queue_point(device: torch.device) -> torch.cuda.Event | None:
-    """The point that the device's queue has reached; None on the CPU."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+def one_ahead(
+    items: Iterable[T], queue: Callable[[T], Callable[[], Done]]
+) -> Iterator[tuple[T, Done]]:
+    """Each item with what waiting for it gives, the next one being queued already.
+
+    queue: lets the device begin with an item; what it returns waits for the result.
+    """
+    before: tuple[T, Callable[[], Done]] | None = None
+    for item in items:
+        wait = queue(item)
+        if before is not None:
+            yield before[0], before[1]()
+        before = item, wait
+    if before is not None:
+        yield before[0], before[1]()
 
 
 def finish(
-    found: Detections, num_classes: int, ready: torch.cuda.Event | None
+    found: Detections, num_classes: int
 ) -> tuple[ClassBoxes, ClassSegms | None, ClassKeyps | None]:
-    """`class_results` beside the work that was queued after the point `ready`."""
-    if ready is None:
+    """`class_results` beside the work that has been queued since."""
+    if found.ready is None:
         return class_results(found, num_classes)
     # A stream of its own, or pasting would queue behind the next batch's forward pass.
     with torch.cuda.stream(torch.cuda.Stream(found.boxes.device)):
-        torch.cuda.current_stream().wait_event(ready)
+        torch.cuda.current_stream().wait_event(found.ready)
         return class_results(found, num_classes)
 
 

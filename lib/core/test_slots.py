@@ -13,12 +13,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from core.config import cfg
-from core.detections import Detections
+from core.detections import Detections, queue_point
 from core.suppression import class_nms_in_slots
 from core.test_forward import (
     ImageBatch,
@@ -48,16 +47,22 @@ class Slots(NamedTuple):
     heatmaps: Tensor | None  # (N, L, K, S, S) float32 keypoint logits
 
     def of_image(
-        self, index: int, number: int, rows: np.ndarray, size: tuple[int, int]
+        self,
+        index: int,
+        number: int,
+        size: tuple[int, int],
+        report: Tensor,
+        ready: torch.cuda.Event | None,
     ) -> Detections:
         """The `number` detections of an image of this height and width.
 
-        rows: (number, 6) float32, as in the report.
+        report: on the host; ready: when all is there.
         """
-        on_device = self.report[index, 1:].view(-1, 6)[:number]
+        rows, on_host = (x[index, 1:].view(-1, 6)[:number] for x in (self.report, report))
+        classes = self.classes[index, :number]
         masks, heats = (None if x is None else x[index, :number] for x in self[2:])
-        boxes, scores = on_device[:, :4], on_device[:, 4]
-        return Detections(boxes, scores, self.classes[index, :number], masks, heats, *size, rows)
+        found = rows[:, :4], rows[:, 4], classes, masks, heats
+        return Detections(*found, *size, ready, on_host.numpy())
 
 
 def fits_in_slots(net: nn.Module) -> bool:
@@ -85,20 +90,19 @@ def queue_in_slots(
     if batch.device.type == "cuda":
         key = net.training, *_settings()
         slots = Slots(*graphs_of(net)(detect, (shown.data, shown.table), key))
-        report = slots.report.to("cpu", non_blocking=True)
-        arrived = torch.cuda.current_stream(batch.device).record_event()
     else:
-        slots, arrived = detect(shown.data, shown.table), None
-        report = slots.report
+        slots = detect(shown.data, shown.table)
+    report = slots.report.to("cpu", non_blocking=True)
+    ready = queue_point(batch.device)
 
     def wait() -> list[Detections]:
-        if arrived is not None:
-            arrived.synchronize()
+        if ready is not None:
+            ready.synchronize()
         numbers = report[:, 0].int().tolist()
         if TOO_MANY in numbers:
             return without()
         return [
-            slots.of_image(i, number, report[i, 1:].view(-1, 6)[:number].numpy(), size)
+            slots.of_image(i, number, size, report, ready)
             for i, (number, size) in enumerate(zip(numbers, batch.sizes, strict=True))
         ]
 
