@@ -90,13 +90,13 @@ class fpn(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         stages = self.conv_body.stages(x)[::-1]
-        inner = [self.conv_top(stages[0])]
+        inner = [mynn.conv_norm(*_parts(self.conv_top), stages[0])]
         for module, lateral in zip(self.topdown_lateral_modules, stages[1:], strict=False):
             inner.append(module(inner[-1], lateral))
         levels = list(zip(self.posthoc_modules, inner, strict=True))
-        out = [module(x) for module, x in levels[self.num_unused :]]
+        out = [mynn.conv_norm(*_parts(module), x) for module, x in levels[self.num_unused :]]
         for i, conv in enumerate(self.extra_pyramid_modules):
-            out.insert(0, conv(F.relu(out[0]) if i else stages[0]))
+            out.insert(0, mynn.conv_norm(conv, None, F.relu(out[0]) if i else stages[0]))
         if self.max_level > HIGHEST_BACKBONE_LVL and not self.extra_pyramid_modules:
             out.insert(0, F.max_pool2d(out[0], kernel_size=1, stride=2))
         return out
@@ -144,7 +144,7 @@ class topdown_lateral_module(nn.Module):
             nn.init.zeros_(conv.weight)
 
     def forward(self, top: Tensor, lateral: Tensor) -> Tensor:
-        return self.conv_lateral(lateral) + F.interpolate(top, scale_factor=2, mode="nearest")
+        return mynn.conv_norm_lateral(*_parts(self.conv_lateral), lateral, top)
 
 
 def _conv_norm(dim_in: int, dim_out: int, kernel: int) -> nn.Module:
@@ -154,6 +154,11 @@ def _conv_norm(dim_in: int, dim_out: int, kernel: int) -> nn.Module:
         return nn.Sequential(conv, ResNet.group_norm(dim_out))
     nn.init.zeros_(conv.bias)
     return conv
+
+
+def _parts(module: nn.Module) -> tuple[nn.Conv2d, nn.GroupNorm | None]:
+    """Convolution and norm of a module of _conv_norm()."""
+    return tuple(module) if isinstance(module, nn.Sequential) else (module, None)
 
 
 def _extra_conv(dim_in: int, dim_out: int) -> nn.Conv2d:

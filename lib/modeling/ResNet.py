@@ -182,8 +182,8 @@ class Stem(nn.Module):
         self.add_module(self.norm_name, _norm(dim_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = mynn.conv_norm(self.conv1, getattr(self, self.norm_name), x)
-        return F.max_pool2d(F.relu_(x), kernel_size=3, stride=2, padding=1)
+        x = mynn.conv_norm(self.conv1, getattr(self, self.norm_name), x, relu=True)
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
 class Bottleneck(nn.Module):
@@ -219,11 +219,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norms = [getattr(self, f"{self.norm_name}{index}") for index in (1, 2, 3)]
-        out = F.relu_(mynn.conv_norm(self.conv1, norms[0], x))
-        out = F.relu_(mynn.conv_norm(self.conv2, norms[1], out))
-        out = mynn.conv_norm(self.conv3, norms[2], out)
+        out = mynn.conv_norm(self.conv1, norms[0], x, relu=True)
+        out = mynn.conv_norm(self.conv2, norms[1], out, relu=True)
         shortcut = x if self.downsample is None else mynn.conv_norm(*self.downsample, x)
-        return F.relu_(out.add_(shortcut))
+        return mynn.conv_norm(self.conv3, norms[2], out, relu=True, residual=shortcut)
 
 
 def stage_blobs(module: str, blob: str, count: int) -> tuple[dict[str, str], list[str]]:

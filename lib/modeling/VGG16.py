@@ -49,7 +49,8 @@ class VGG16_conv5_body(nn.Module):
             if block > 1:
                 x = F.max_pool2d(x, kernel_size=2, stride=2)
             for index in range(1, len(widths) + 1):
-                x = F.relu_(getattr(self, f"conv{block}_{index}")(x))
+                conv = getattr(self, f"conv{block}_{index}")
+                x = mynn.conv_norm(conv, None, x, relu=True)
         return x
 
 

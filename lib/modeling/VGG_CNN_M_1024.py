@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import nn as mynn
 from modeling.VGG16 import VGG_fc_head, caffe_filled, own_layer_blobs
 
 
@@ -38,11 +39,11 @@ class VGG_CNN_M_1024_conv5_body(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for conv in (self.conv1, self.conv2):
-            x = F.relu_(conv(x))
+            x = mynn.conv_norm(conv, None, x, relu=True)
             x = F.local_response_norm(x, size=5, alpha=5e-4, beta=0.75, k=2.0)
             x = F.max_pool2d(x, kernel_size=3, stride=2)
         for conv in (self.conv3, self.conv4, self.conv5):
-            x = F.relu_(conv(x))
+            x = mynn.conv_norm(conv, None, x, relu=True)
         return x
 
 

@@ -135,7 +135,8 @@ class roi_Xconv1fc_head(RoIHead):
         return mapping, []
 
     def forward(self, x, rpn_ret) -> Tensor:
-        return F.relu_(self.fc(self.convs(self.pool(x, rpn_ret)).flatten(1)))
+        x = mynn.conv_stack(self.convs, self.pool(x, rpn_ret))
+        return F.relu_(self.fc(x.flatten(1)))
 
 
 class roi_Xconv1fc_gn_head(roi_Xconv1fc_head):

@@ -61,8 +61,8 @@ class keypoint_outputs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.deconv is not None:
-            x = F.relu_(self.deconv(x))
-        x = self.classify(x).float()
+            x = mynn.conv_norm(self.deconv, None, x, relu=True)
+        x = mynn.conv_norm(self.classify, None, x).float()
         x = x if self.upsample is None else self.upsample(x)
         # Targets are bins of the configured size: bins outside the map would crash the device.
         if x.shape[2] != cfg.KRCNN.HEATMAP_SIZE:
@@ -114,7 +114,7 @@ class roi_pose_head_v1convX(RoIHead):
         return mapping, []
 
     def forward(self, x, rpn_ret) -> Tensor:
-        return self.conv_fcn(self.pool(x, rpn_ret))
+        return mynn.conv_stack(self.conv_fcn, self.pool(x, rpn_ret))
 
 
 class ResNet_roi_conv5_head_for_keypoints(RoIHead):

@@ -65,7 +65,12 @@ class mask_rcnn_outputs(nn.Module):
             return self._logits(x).gather(1, index).squeeze(1)
         self._check_size(x)
         weight = self.classify.weight[:, :, 0, 0][labels].to(x.dtype)
-        logits = torch.bmm(weight.unsqueeze(1), x.flatten(2)).view(len(x), 1, *x.shape[2:])
+        # In the features' own memory format, or all their gradients would come in another one.
+        if x.is_contiguous(memory_format=torch.channels_last):
+            logits = torch.bmm(x.permute(0, 2, 3, 1).flatten(1, 2), weight.unsqueeze(2))
+        else:
+            logits = torch.bmm(weight.unsqueeze(1), x.flatten(2))
+        logits = logits.view(len(x), 1, *x.shape[2:])
         logits = logits.float() + self.classify.bias[labels].view(-1, 1, 1, 1)
         return (logits if self.upsample is None else self.upsample(logits)).squeeze(1)
 
@@ -79,7 +84,7 @@ class mask_rcnn_outputs(nn.Module):
         if isinstance(self.classify, nn.Linear):
             logits = self.classify(x.flatten(1)).float()
             return logits.view(len(x), self.num_masks, self.resolution, self.resolution)
-        logits = self.classify(x).float()
+        logits = mynn.conv_norm(self.classify, None, x).float()
         return logits if self.upsample is None else self.upsample(logits)
 
     def _check_size(self, x: Tensor) -> None:
@@ -150,7 +155,8 @@ class mask_rcnn_fcn_head_v1upXconvs(RoIHead):
         return mapping, []
 
     def forward(self, x, rpn_ret) -> Tensor:
-        return F.relu_(self.upconv(self.conv_fcn(self.pool(x, rpn_ret))))
+        x = mynn.conv_stack(self.conv_fcn, self.pool(x, rpn_ret))
+        return mynn.conv_norm(self.upconv, None, x, relu=True)
 
 
 class mask_rcnn_fcn_head_v1up4convs(mask_rcnn_fcn_head_v1upXconvs):
@@ -182,7 +188,7 @@ class _Res5MaskHead(RoIHead):
         nn.init.zeros_(self.upconv5.bias)
 
     def upsample(self, res5_feat: Tensor) -> Tensor:
-        return F.relu_(self.upconv5(res5_feat))
+        return mynn.conv_norm(self.upconv5, None, res5_feat, relu=True)
 
     def forward(self, x, rpn_ret) -> Tensor:
         return self.upsample(self.res5(self.pool(x, rpn_ret)))

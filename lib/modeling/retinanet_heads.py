@@ -93,10 +93,10 @@ class fpn_retinanet_outputs(nn.Module):
         logits, deltas = [], []
         for x in features:
             hidden = _apply_tower(self.cls_tower, x)
-            logits.append(self.cls_pred(hidden))
+            logits.append(mynn.conv_norm(self.cls_pred, None, hidden))
             if self.bbox_tower is not None:
                 hidden = _apply_tower(self.bbox_tower, x)
-            deltas.append(self.bbox_pred(hidden))
+            deltas.append(mynn.conv_norm(self.bbox_pred, None, hidden))
         return logits, deltas
 
     def anchors(self, maps: list[Tensor]) -> list[Tensor]:
@@ -216,5 +216,5 @@ def _tower(dim: int, count: int) -> nn.ModuleList:
 
 def _apply_tower(tower: nn.ModuleList, x: Tensor) -> Tensor:
     for conv in tower:
-        x = F.relu_(conv(x))
+        x = mynn.conv_norm(conv, None, x, relu=True)
     return x

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import nn as mynn
 from core.config import cfg
 from modeling.blobs import layer_blobs
 from modeling.roi_head import RoIHead
@@ -55,7 +56,7 @@ class rfcn_head(RoIHead):
     def _scores(self, x: Tensor) -> Tensor:
         """Both kinds of score maps side by side: one convolution and one pooling for the two."""
         if self.conv_dim_reduce is not None:
-            x = F.relu_(self.conv_dim_reduce(x))
+            x = mynn.conv_norm(self.conv_dim_reduce, None, x, relu=True)
         both = (self.conv_cls, self.conv_bbox_pred)
         weight, bias = (torch.cat([getattr(c, key) for c in both]) for key in ("weight", "bias"))
         return F.conv2d(x, weight, bias)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import nn as mynn
 from core.config import cfg
 from core.errors import UserError
 from modeling import generate_proposals as gp
@@ -86,15 +87,15 @@ class _RPN(nn.Module):
         )
         logits, deltas = [], []
         for x in features:
-            hidden = F.relu_(conv(x))
-            score = cls_score(hidden)
+            hidden = mynn.conv_norm(conv, None, x, relu=True)
+            score = mynn.conv_norm(cls_score, None, hidden)
             if self.softmax:
                 # A softmax of two is a sigmoid of their difference: background first, then
                 # foreground.
                 background, foreground = score.chunk(2, dim=1)
                 score = foreground - background
             logits.append(score)
-            deltas.append(bbox_pred(hidden))
+            deltas.append(mynn.conv_norm(bbox_pred, None, hidden))
         return logits, deltas
 
     def anchors(self, maps: list[Tensor]) -> list[Tensor]:

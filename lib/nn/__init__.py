@@ -1,7 +1,8 @@
 """Layers that torch lacks, initialisers, and the custom DataParallel (`import nn as mynn`)."""
 
 from nn import init
-from nn.affine import AffineChannel2d, conv_norm
+from nn.affine import AffineChannel2d
+from nn.convolution import conv_norm, conv_norm_lateral, conv_stack
 from nn.focal_loss import sigmoid_focal_loss, softmax_focal_loss
 from nn.parallel import DataParallel
 from nn.upsample import BilinearInterpolation2d
@@ -11,6 +12,8 @@ __all__ = [
     "BilinearInterpolation2d",
     "DataParallel",
     "conv_norm",
+    "conv_norm_lateral",
+    "conv_stack",
     "init",
     "sigmoid_focal_loss",
     "softmax_focal_loss",

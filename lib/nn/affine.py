@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -28,15 +27,3 @@ class AffineChannel2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}"
-
-
-def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(conv(x)), with a frozen affine norm folded into the convolution's weights.
-
-    Scaling the weights costs a thousandth of scaling the feature map and stays differentiable
-    with respect to the convolution's weight.
-    """
-    if not isinstance(norm, AffineChannel2d):
-        return norm(conv(x))
-    weight = conv.weight * norm.weight.view(-1, 1, 1, 1)
-    return F.conv2d(x, weight, norm.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
