@@ -66,7 +66,8 @@ class CudaGraphs:
                 recording = self._recording(full_key, function, inputs)
                 if recording is not None:
                     return self._replay(recording, inputs)
-        outputs = function(*inputs)
+        with _autocast_without_cache():  # as when it is recorded, for whoever compiles for that
+            outputs = function(*inputs)
         self._seen[full_key] = [
             y if y is None else torch.empty_like(y, device="meta") for y in outputs
         ]

@@ -173,13 +173,13 @@ def test_the_host_does_not_wait_while_a_batch_is_queued(job, images, shared, cfg
                     wait = queue_batch(model, images)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
-                assert [len(one.scores) for one in wait()] == [100, 100]
+                assert min(len(one.scores) for one in wait()) >= 100
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("amp", [False, True])
-def test_replays_give_what_the_general_path_gives(job, amp, images, exact, shared, cfg):
+def test_replays_give_what_the_steps_give(job, amp, images, exact, shared, cfg):
     """Several sizes in turn, changed weights and thresholds in between."""
     model = golden_model(job, shared).cuda()
     sizes = [images, [image.transpose(1, 0, 2).copy() for image in images], images[:1]]
@@ -191,13 +191,16 @@ def test_replays_give_what_the_general_path_gives(job, amp, images, exact, share
                 with torch.no_grad():
                     model.Box_Outs.cls_score.weight.mul_(0.9)
             for batch in sizes:
-                found = detect_batch(model, batch)
-                expected = detect_batch(model, batch, timers)
-                assert [len(d.scores) for d in found] == [len(d.scores) for d in expected]
+                found, expected = detect_batch(model, batch), detect_batch(model, batch, timers)
                 for one, other in zip(found, expected, strict=True):
                     assert torch.equal(one.classes, other.classes)
                     torch.testing.assert_close(one.boxes, other.boxes, atol=1e-3, rtol=1e-4)
                     torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=1e-4)
+                    for maps in ("masks", "heatmaps"):
+                        pair = getattr(one, maps), getattr(other, maps)
+                        assert (pair[0] is None) == (pair[1] is None)
+                        if pair[0] is not None:  # of other numbers of RoIs
+                            torch.testing.assert_close(*pair, atol=0.05, rtol=0.05)
     assert len(test_slots.graphs_of(model)) == 6  # all were recorded
 
 
