@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from datasets.roidb import combined_roidb_for_training, rank_for_training
 from roi_data.loader import RoiDataLoader, build_train_loader, collate_minibatch
 from roi_data.minibatch import MinibatchOptions
 from utils import image as image_utils
+from utils.device import available_cpus
 
 CPU = torch.device("cpu")
 _SECONDS_PER_STAGE = 2.0  # spent on each
@@ -54,8 +54,7 @@ class Rate:
 
 def default_processes() -> tuple[int, ...]:
     """1, 2, 4, ... 16, as far as there are CPUs."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return tuple(n for n in (1, 2, 4, 8, 16) if n <= cpus)
+    return tuple(n for n in (1, 2, 4, 8, 16) if n <= available_cpus())
 
 
 def configure(spec: str, settings: DataSettings) -> list[RoidbEntry]:

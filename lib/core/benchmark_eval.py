@@ -1,4 +1,5 @@
-"""What `tools/benchmark.py eval` measures: COCO's metrics by pycocotools and by the fast library.
+"""What `tools/benchmark.py eval` measures: COCO's metrics by pycocotools and as this project does,
+in one process and in as many as it takes.
 
 Results are made from real annotations: each object is found once or more, a little displaced,
 sometimes as another class or not at all, among detections of nothing.
@@ -35,7 +36,9 @@ class EvaluationTime:
     kind: str
     results: int
     reference_seconds: float
+    alone_seconds: float  # in one process
     fast_seconds: float
+    processes: int
     difference: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,18 +63,21 @@ def measure(spec: str, num_images: int, seed: int = 0) -> Iterator[EvaluationTim
 
 def _compare(dataset: JsonDataset, kind: str, results: list[dict]) -> EvaluationTime:
     sigmas = coco_scoring.keypoint_sigmas(dataset.COCO)
+    processes = coco_scoring.default_processes()
+    cases = {"alone": ("fast", 1), "fast": ("fast", processes), "reference": ("pycocotools", 1)}
     seconds, scored = {}, {}
-    for evaluator in ("fast", "pycocotools"):
+    for name, (evaluator, number) in cases.items():
         begin = time.perf_counter()
-        scored[evaluator] = coco_scoring.evaluate(
-            dataset.COCO, results, kind, dataset.image_ids, evaluator, sigmas
+        scored[name] = coco_scoring.evaluate(
+            dataset.COCO, results, kind, dataset.image_ids, evaluator, sigmas, number
         )
-        seconds[evaluator] = time.perf_counter() - begin
+        seconds[f"{name}_seconds"] = time.perf_counter() - begin
     difference = max(
-        float(np.abs(scored["fast"].eval[key] - scored["pycocotools"].eval[key]).max())
+        float(np.abs(scored[name].eval[key] - scored["reference"].eval[key]).max())
+        for name in ("alone", "fast")
         for key in ("precision", "recall", "scores")
     )
-    return EvaluationTime(kind, len(results), seconds["pycocotools"], seconds["fast"], difference)
+    return EvaluationTime(kind, len(results), processes=processes, difference=difference, **seconds)
 
 
 def synthesise(dataset: JsonDataset, rng: np.random.Generator) -> dict[str, list[dict]]:
@@ -129,11 +135,11 @@ def _text_rle(mask: np.ndarray) -> dict[str, Any]:
 
 def table(times: list[EvaluationTime]) -> str:
     """The figures as text."""
-    lines = [f"{'':10} {'results':>9} {'pycocotools':>12} {'fast':>9} {'share':>7}  difference"]
+    head = ("pycocotools", "1 process", "share", f"{times[0].processes} processes", "share")
+    lines = [f"{'':10} {'results':>9}" + "".join(f" {h:>12}" for h in head) + "  difference"]
     for t in times:
-        share = 100 * t.fast_seconds / t.reference_seconds
-        lines.append(
-            f"{t.kind:10} {t.results:9} {t.reference_seconds:10.2f} s {t.fast_seconds:7.2f} s "
-            f"{share:5.1f} %  {t.difference:.1e}"
-        )
+        line = f"{t.kind:10} {t.results:9} {t.reference_seconds:10.2f} s"
+        for seconds in (t.alone_seconds, t.fast_seconds):
+            line += f" {seconds:10.2f} s {100 * seconds / t.reference_seconds:10.1f} %"
+        lines.append(f"{line}  {t.difference:.1e}")
     return "\n".join(lines)

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from core.errors import UserError
+from datasets import coco_by_class
+from utils.device import available_cpus
 from utils.keypoints import PERSON_KEYPOINTS
 
-_MASKS_AT_ONCE = 200  # pycocotools' mask.area takes 255 at most
+MOST_PROCESSES = 8  # more would wait for the largest class, of COCO more than a quarter
 
 
 def evaluate(
@@ -29,6 +30,7 @@ def evaluate(
     image_ids: Sequence,
     evaluator: str,
     sigmas: np.ndarray | None = None,
+    processes: int | None = None,
 ) -> COCOeval:
     """Score results; `coco` and `results` stay as they are (pycocotools alone would change them).
 
@@ -36,15 +38,23 @@ def evaluate(
         coco: the ground truth; kind: 'bbox', 'segm' or 'keypoints'; image_ids: what to score.
         evaluator: 'pycocotools', or 'fast': faster_coco_eval, equal to it in all numbers.
         sigmas: (K,) spread of each keypoint; None for COCO's 17 of persons.
+        processes: that 'fast' takes at most; None: one for each CPU.
 
     Returns:
         pycocotools' object, accumulated: `eval['precision']`, `eval['recall']`, `eval['scores']`,
         ready for summarize(). The fast one leaves its `evalImgs` and `ious` empty.
     """
     truth = ground_truth(coco, image_ids, kind)
-    score = {"pycocotools": _by_pycocotools, "fast": _by_library}[evaluator]
+    rest = (truth, results, kind, sorted(image_ids), sigmas)
     with contextlib.redirect_stdout(io.StringIO()):
-        return score(truth, results, kind, sorted(image_ids), sigmas)
+        if evaluator == "fast":
+            return _by_library(*rest, processes or default_processes())
+        return _by_pycocotools(*rest)
+
+
+def default_processes() -> int:
+    """How many 'fast' takes where enough is to be scored."""
+    return min(available_cpus(), MOST_PROCESSES)
 
 
 def ground_truth(coco: COCO, image_ids: Sequence, kind: str) -> COCO:
@@ -109,78 +119,41 @@ def _by_pycocotools(
     if results:
         found = truth.loadRes([dict(result) for result in results])
     else:
-        found = _without_annotations(COCO(), truth)  # loadRes looks at the first result
-    scored = _make(COCOeval, truth, found, kind, image_ids, sigmas)
+        found = _without_annotations(truth)  # loadRes looks at the first result
+    scored = _make(truth, found, kind, image_ids, sigmas)
     scored.evaluate()
     scored.accumulate()
     return scored
 
 
 def _by_library(
-    truth: COCO, results: Sequence[dict], kind: str, image_ids: Sequence, sigmas: np.ndarray | None
+    truth: COCO,
+    results: Sequence[dict],
+    kind: str,
+    image_ids: Sequence,
+    sigmas: np.ndarray | None,
+    processes: int,
 ) -> COCOeval:
-    # Imported where it is used: TEST.COCO_EVALUATOR pycocotools does not need it.
-    from faster_coco_eval import COCO as FastCOCO
-    from faster_coco_eval import COCOeval_faster
-
-    fast_truth = FastCOCO()
-    fast_truth.dataset = truth.dataset
-    fast_truth.createIndex()
-    if not results:
-        found = _without_annotations(FastCOCO(), truth)
-    elif kind in ("bbox", "segm"):
-        # Its loadRes makes polygons of boxes and boxes of masks; only areas are needed.
-        found = FastCOCO()
-        found.dataset = truth.dataset | {"annotations": _with_areas(results)}
-        found.createIndex()
-    else:
-        found = fast_truth.loadRes([dict(result) for result in results])
-    fast = _make(COCOeval_faster, fast_truth, found, kind, image_ids, sigmas)
-    fast.evaluate()
-    fast.accumulate()
     # What others read and unpickle is pycocotools' object, whichever library filled it.
-    scored = _make(COCOeval, truth, _without_annotations(COCO(), truth), kind, image_ids, sigmas)
-    shape = fast.eval["precision"].shape  # IoU, recall, class, area, number of detections
-    scored.eval = {
-        "params": copy.copy(scored.params),
-        "counts": list(shape),
-        "precision": fast.eval["precision"],
-        "recall": np.asarray(fast.eval["recall"]).reshape(shape[0], *shape[2:]),
-        "scores": fast.eval["scores"],
-    }
+    scored = _make(truth, _without_annotations(truth), kind, image_ids, sigmas)
+    found = coco_by_class.evaluate(truth, results, kind, scored.params, processes)
+    params = copy.copy(scored.params)
+    scored.eval = {"params": params, "counts": list(found["precision"].shape), **found}
     return scored
 
 
 def _make(
-    evaluator: type, truth: Any, found: Any, kind: str, image_ids: Sequence, sigmas: Any
-) -> Any:
-    scored = evaluator(truth, found, kind)
+    truth: COCO, found: COCO, kind: str, image_ids: Sequence, sigmas: np.ndarray | None
+) -> COCOeval:
+    scored = COCOeval(truth, found, kind)
     scored.params.imgIds = list(image_ids)
     if kind == "keypoints" and sigmas is not None:
         scored.params.kpt_oks_sigmas = sigmas
     return scored
 
 
-def _without_annotations(empty: Any, truth: COCO) -> Any:
+def _without_annotations(truth: COCO) -> COCO:
+    empty = COCO()
     empty.dataset = truth.dataset | {"annotations": []}
     empty.createIndex()
     return empty
-
-
-def _with_areas(results: Sequence[dict]) -> list[dict]:
-    """Results of boxes or masks as annotations: with id, area, and no crowds."""
-    if "bbox" in results[0]:
-        areas = [result["bbox"][2] * result["bbox"][3] for result in results]
-    else:
-        rles = [result["segmentation"] for result in results]
-        areas = np.concatenate(
-            [
-                mask_util.area(rles[begin : begin + _MASKS_AT_ONCE])
-                for begin in range(0, len(rles), _MASKS_AT_ONCE)
-            ]
-        ).tolist()
-    no_box = {"bbox": [0, 0, 0, 0]}  # that of a mask is not used
-    return [
-        {**no_box, **result, "id": i, "area": area, "iscrowd": 0}
-        for i, (result, area) in enumerate(zip(results, areas, strict=True), start=1)
-    ]

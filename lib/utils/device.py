@@ -1,7 +1,8 @@
-"""Which device a script runs on."""
+"""Which device a script runs on, and how many CPUs there are."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,11 @@ def pick_devices(device: str | None = None, no_cuda: bool = False) -> list[torch
     if wanted.index is not None:
         return [wanted]
     return [torch.device("cuda", index) for index in range(count)]
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def upload(

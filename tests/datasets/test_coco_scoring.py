@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from core.benchmark_eval import synthesise
 from core.errors import UserError
-from datasets import coco_scoring, json_dataset_evaluator
+from datasets import coco_by_class, coco_scoring, json_dataset_evaluator
 from datasets.dataset_catalog import resolve_dataset
 from datasets.json_dataset import JsonDataset
 
@@ -61,6 +61,22 @@ def test_fast_numbers_are_pycocotools_numbers(shared, cfg, kind):
     some = dataset.image_ids[::4]
     results = [r | {"score": round(r["score"], 1)} for r in results if r["image_id"] in some]
     assert_equal(*both(dataset, results * 6, kind, some))
+
+
+def test_several_processes_have_the_same_numbers(shared, cfg, monkeypatch):
+    monkeypatch.setattr(coco_by_class, "RESULTS_OF_A_PROCESS", 1)
+    dataset = real(shared, "segm")
+    dataset.image_ids = dataset.image_ids[::10]
+    results = synthesise(dataset, np.random.default_rng(0))["segm"]
+    alone, together = (
+        coco_scoring.evaluate(
+            dataset.COCO, results, "segm", dataset.image_ids, "fast", processes=number
+        )
+        for number in (1, 3)
+    )
+    assert together.eval["precision"].max() > 0
+    for key in ("precision", "recall", "scores"):
+        np.testing.assert_array_equal(together.eval[key], alone.eval[key])
 
 
 def test_nothing_found_is_scored(tiny_dataset, cfg):
