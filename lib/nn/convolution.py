@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ops
 from nn.affine import AffineChannel2d
+from nn.group_norm import group_norm
 
 
 def conv_norm(
@@ -32,7 +33,7 @@ def conv_norm(
         x: (N, C, H, W); residual: like the result.
     """
     if isinstance(norm, nn.GroupNorm):
-        return _group_norm(norm, conv(x), relu, residual)
+        return group_norm(norm, conv(x), relu, residual)
     if _fused(x):
         return _conv_act(conv, norm, x, relu, residual)
     if norm is None:
@@ -67,13 +68,6 @@ def conv_stack(layers: nn.Sequential, x: Tensor) -> Tensor:
             norm = following if isinstance(following, nn.GroupNorm) else None
             x = conv_norm(layer, norm, x, relu=True)
     return x
-
-
-def _group_norm(norm: nn.GroupNorm, x: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
-    out = norm(x)
-    if residual is not None:
-        out = out.add_(residual)
-    return F.relu_(out) if relu else out
 
 
 def _fused(x: Tensor) -> bool:
