@@ -141,7 +141,8 @@ class ImageBatch:
                 [
                     im if view.ratio == 1 else cv2.resize(im, (view.width(w), h))
                     for im, (h, w) in zip(self.images, self.sizes, strict=True)
-                ]
+                ],
+                pinned=self.device.type == "cuda",
             )
         pixels, places = self._packed[view.ratio]
         if pixels.device != self.device:  # every view of this ratio finds them there

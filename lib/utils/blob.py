@@ -75,11 +75,18 @@ class Placed(NamedTuple):
     flip: bool = False
 
 
-def pack_images(images: Sequence[np.ndarray]) -> tuple[Tensor, list[Placed]]:
-    """Images (H, W, 3) uint8 back to back: (B,) uint8 on the CPU, and where each is."""
-    offsets = np.cumsum([0] + [im.size for im in images]).tolist()
-    places = [Placed(o, *im.shape[:2]) for o, im in zip(offsets, images, strict=False)]
-    return torch.from_numpy(np.concatenate([im.reshape(-1) for im in images])), places
+def pack_images(images: Sequence[np.ndarray], pinned: bool = False) -> tuple[Tensor, list[Placed]]:
+    """Images (H, W, 3) uint8 back to back: (B,) uint8 on the CPU, and where each is.
+
+    pinned: in memory that a GPU copies from while the host goes on.
+    """
+    pixels = torch.empty(sum(im.size for im in images), dtype=torch.uint8, pin_memory=pinned)
+    places, offset = [], 0
+    for im in images:
+        pixels.numpy()[offset : offset + im.size].reshape(im.shape)[:] = im
+        places.append(Placed(offset, *im.shape[:2]))
+        offset += im.size
+    return pixels, places
 
 
 def prep_images(
