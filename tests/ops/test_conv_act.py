@@ -295,7 +295,7 @@ def test_opcheck(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(16, 256, 100, 152), (16, 256, 7, 7), (2, 81, 300, 400)])
+@pytest.mark.parametrize("shape", [(4, 256, 100, 152), (64, 256, 7, 7), (2, 81, 200, 200)])
 def test_cuda_agrees_with_the_cpu_on_large_maps(shape):
     y, residual, grad = maps(shape, torch.bfloat16, torch.channels_last, "cpu", 3)
     bias = torch.linspace(-1, 1, shape[1])

@@ -9,7 +9,10 @@ namespace detectron::kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 2;  // loads of each operand that a thread has under way
+// Loads of each operand that a thread has under way, so that kResident blocks a multiprocessor keep the
+// memory busy.
+constexpr int kInFlight = 4, kInFlightBackward = 2;
+constexpr int kResident = 4;
 
 template <typename F>
 void with_type(DType dtype, F f) {
@@ -66,7 +69,7 @@ __device__ __forceinline__ int64_t coarse_pixel(const EpilogueMaps& p, int64_t p
 
 // The number of blocks is such that a thread's stride is whole pixels: see blocks_of_whole_pixels().
 template <typename T, int V, Residual kResidual>
-__global__ void __launch_bounds__(kThreads) bias_act_channels_last(BiasAct p) {
+__global__ void __launch_bounds__(kThreads, kResident) bias_act_channels_last(BiasAct p) {
   using A = Acc<T>;
   const T* in = static_cast<const T*>(p.in);
   const T* residual = static_cast<const T*>(p.residual);
@@ -155,7 +158,7 @@ inline int64_t gcd(int64_t a, int64_t b) {
 
 // About as many blocks as fill the GPU, in number such that their threads are a multiple of `groups`.
 inline unsigned blocks_of_whole_pixels(const EpilogueMaps& p, int64_t items, int64_t groups) {
-  const int64_t wanted = ceil_div(items, kThreads * kInFlight), most = 8 * p.multiprocessors;
+  const int64_t wanted = ceil_div(items, kThreads), most = kResident * p.multiprocessors;
   const int64_t whole = groups / gcd(groups, kThreads);
   return static_cast<unsigned>(ceil_div(wanted < most ? wanted : most, whole) * whole);
 }
@@ -180,7 +183,7 @@ constexpr int kMaxLanes = 32;  // threads side by side on the channels of a pixe
 // A block works on `lanes` groups of V channels, kThreads / lanes pixels at a time; lanes is a power of 2.
 // blockIdx.x: which groups; blockIdx.y: which part of the pixels.
 template <typename T, int V, bool kMask, bool kSum>
-__global__ void __launch_bounds__(kThreads, 4) backward_channels_last(ReluBackward p, int lanes) {
+__global__ void __launch_bounds__(kThreads, kResident) backward_channels_last(ReluBackward p, int lanes) {
   using A = Acc<T>;
   const T* grad = static_cast<const T*>(p.grad);
   const T* y = static_cast<const T*>(p.y);
@@ -193,17 +196,17 @@ __global__ void __launch_bounds__(kThreads, 4) backward_channels_last(ReluBackwa
   A sum[V] = {};
   if (group < groups) {
     for (int64_t i = static_cast<int64_t>(blockIdx.y) * rows + row; i < pixels;
-         i += kInFlight * stride) {
-      Packed<T, V> g[kInFlight], o[kInFlight];
+         i += kInFlightBackward * stride) {
+      Packed<T, V> g[kInFlightBackward], o[kInFlightBackward];
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
+      for (int k = 0; k < kInFlightBackward; ++k) {
         const int64_t at = ((i + k * stride) * groups + group) * V;
         if (i + k * stride >= pixels) continue;
         g[k].load(grad + at);
         if constexpr (kMask) o[k].load(y + at);
       }
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
+      for (int k = 0; k < kInFlightBackward; ++k) {
         const int64_t at = ((i + k * stride) * groups + group) * V;
         if (i + k * stride >= pixels) continue;
         A value[V];
@@ -328,9 +331,8 @@ inline BackwardGrid backward_grid(const EpilogueMaps& p, int vector) {
   } else {
     items /= vector;
   }
-  // Four blocks a multiprocessor in all, each with work for more than one turn.
-  const int64_t wanted = ceil_div(4 * p.multiprocessors, columns);
-  const int64_t most = ceil_div(items, at_once * kInFlight);
+  const int64_t wanted = ceil_div(kResident * p.multiprocessors, columns);
+  const int64_t most = ceil_div(items, at_once * kInFlightBackward);
   out.grid = dim3(static_cast<unsigned>(columns), static_cast<unsigned>(wanted < most ? wanted : most));
   return out;
 }
