@@ -116,8 +116,9 @@ size_t keep_vectors(Tiles& t, Kernel kernel, size_t bytes) {
   const int fit = kKeptBytes / static_cast<int>(bytes * kThreads), needed = divide_up(t.steps, t.rows);
   t.kept = fit < needed ? fit : needed;
   const size_t taken = t.kept * bytes * kThreads;
+  // Always the same bound: what a recorded graph holds must not exceed one that was set later.
   const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  if (cudaFuncSetAttribute(kernel, most, static_cast<int>(taken)) == cudaSuccess) return taken;
+  if (cudaFuncSetAttribute(kernel, most, kKeptBytes) == cudaSuccess) return taken;
   cudaGetLastError();  // so that the launch does not report it
   t.kept = 0;
   return 0;
