@@ -19,7 +19,7 @@ import utils.blob as blob_utils
 import utils.boxes as box_utils
 from core.config import cfg
 from core.test_proposals import run_on_proposals
-from modeling.model_builder import Generalized_RCNN
+from modeling.mask_rcnn_heads import mask_rcnn_outputs
 from utils.device import upload
 
 
@@ -274,9 +274,10 @@ def mask_probabilities(net: nn.Module, blob_conv: Any, rois: Tensor) -> Tensor:
 
 def own_mask_probabilities(net: nn.Module, blob_conv: Any, rois: Tensor, classes: Tensor) -> Tensor:
     """(n, M, M) float32 mask probabilities of RoIs (n, 5), each of its class (n,)."""
-    if isinstance(net, Generalized_RCNN) and len(rois):
+    predictor = getattr(net, "Mask_Outs", None)
+    if isinstance(predictor, mask_rcnn_outputs) and len(rois):
         return net.mask_net(blob_conv, {"mask_rois": rois}, classes).float()
-    return own_channel(mask_probabilities(net, blob_conv, rois), classes)  # an exported model
+    return own_channel(mask_probabilities(net, blob_conv, rois), classes)  # exported
 
 
 def heatmaps(net: nn.Module, blob_conv: Any, rois: Tensor) -> Tensor:

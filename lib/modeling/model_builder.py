@@ -349,7 +349,8 @@ class Generalized_RCNN(nn.Module):
     ) -> Tensor:
         """Mask probabilities (R, C, M, M) of `rpn_blob['mask_rois']` (R, 5); with labels (R,)
         int64 only those of each RoI's class, (R, M, M)."""
-        return self.Mask_Outs(self.Mask_Head(blob_conv, rpn_blob), labels)
+        features = self.Mask_Head(blob_conv, rpn_blob)
+        return self.Mask_Outs(features) if labels is None else self.Mask_Outs(features, labels)
 
     @torch.no_grad()
     def keypoint_net(self, blob_conv: list[Tensor] | Tensor, rpn_blob: dict[str, Tensor]) -> Tensor:
