@@ -66,11 +66,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     infer.add_argument("--amp", choices=tuple(AMP_DTYPES), nargs="+", help="off bf16, on a CPU off")
     infer.add_argument("--rounds", type=int, help="over 4 batches each; 10, on a CPU 3")
     infer.set_defaults(run=benchmark_commands.run_infer)
-    for command in (train, infer):
+
+    growth = commands.add_parser("growth", help="time and memory against the size of the work")
+    for flag, what in (
+        ("--sides", "pixels of the images' shorter side"),
+        ("--objects", "ground truths an image"),
+        ("--rois", "RoIs an image"),
+        ("--batches", "images a batch"),
+    ):
+        growth.add_argument(flag, type=int, nargs="+", help=f"{what}; default: as the device suits")
+    growth.add_argument("--amp", choices=tuple(AMP_DTYPES), help="default: bf16, on a CPU off")
+    growth.add_argument("--steps", type=int, default=6, help="measured at each point")
+    growth.add_argument("--plot", type=Path, help="also draw the series here (PNG)")
+    growth.set_defaults(run=benchmark_commands.run_growth)
+    for command in (train, infer, growth):
         command.add_argument("--cfg", default=MASK_RCNN, help="default: Mask R-CNN R-50-FPN")
         command.add_argument("--set", dest="set_cfgs", nargs="+", default=[], metavar="K V")
         command.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is any")
-    for command in (ops, data, memory, test, scoring, train, infer):
+    for command in (ops, data, memory, test, scoring, train, infer, growth):
         command.add_argument("--output", type=Path, help="also write the results here (JSON)")
     return parser.parse_args(argv)
 
@@ -78,8 +91,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.output and not args.output.parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no folder {args.output.parent}")
+    for flag in ("output", "plot"):
+        file = getattr(args, flag, None)
+        if file and not file.parent.is_dir():
+            raise UserError(f"--{flag} {file}: there is no folder {file.parent}")
     report = args.run(args)
     if args.output:
         with atomic_write(args.output) as file:

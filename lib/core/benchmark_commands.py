@@ -11,6 +11,7 @@ import torch
 from core import (
     benchmark_data,
     benchmark_eval,
+    benchmark_growth,
     benchmark_infer,
     benchmark_memory,
     benchmark_models,
@@ -123,6 +124,42 @@ def run_infer(args: argparse.Namespace) -> dict[str, Any]:
     rates = list(benchmark_infer.infer_rates(device, cases))
     print(benchmark_models.format_rates(rates))
     return {"environment": facts, "settings": asdict(cases), "rows": [r.as_dict() for r in rates]}
+
+
+def run_growth(args: argparse.Namespace) -> dict[str, Any]:
+    device = pick_devices(args.device)[0]
+    gpu = device.type == "cuda"
+    for name, on_gpu, on_cpu in (
+        ("sides", (400, 600, 800, 1000, 1200), (200, 300, 400)),
+        ("objects", (1, 7, 50, 200, 500), (1, 50, 500)),
+        ("rois", (64, 128, 256, 512, 1024), (64, 256, 1024)),
+        ("batches", (1, 2, 4, 8, 16, 32), (1, 2, 4)),
+    ):
+        if getattr(args, name) is None:
+            setattr(args, name, on_gpu if gpu else on_cpu)
+    values = {
+        "side": tuple(args.sides),
+        "objects": tuple(args.objects),
+        "rois": tuple(args.rois),
+        "batch": tuple(args.batches),
+    }
+    if min(min(numbers) for numbers in values.values()) < 1 or args.steps < 2:
+        raise UserError("sizes and numbers must be at least 1 and --steps at least 2")
+    base = benchmark_growth.Size() if gpu else benchmark_growth.Size(side=300, rois=256, batch=1)
+    amp = args.amp or ("bf16" if gpu else "off")
+    benchmark_models.configure(args.cfg, args.set_cfgs)
+    facts = print_facts(device)
+    cases = benchmark_growth.GrowthCases(base, values, amp, args.steps)
+    series: dict[str, list[benchmark_growth.Point]] = {}
+    with Progress(sum(map(len, values.values())), "measurements") as progress:
+        for axis, point in benchmark_growth.growth(device, cases):
+            series.setdefault(axis, []).append(point)
+            progress.advance()
+    print(benchmark_growth.table(series))
+    if args.plot:
+        title = f"{facts['device']}, {benchmark_models.PRECISIONS[amp]}"
+        benchmark_growth.plot(series, args.plot, title)
+    return {"environment": facts, **benchmark_growth.report(series, cases)}
 
 
 def require_positive(args: argparse.Namespace, *flags: str) -> None:

@@ -50,13 +50,13 @@ class OwnDetector:
     ) -> None:
         torch.manual_seed(cfg.RNG_SEED)
         self.device, self._amp, self._paste = device, amp, paste
-        self._model = place_model(random_model(), device).eval()
+        self.model = place_model(random_model(), device).eval()
         self._batches = []
         for batch in batches:
             images = [scene.image for scene in batch]
             pixels, places = pack_images(images)
             self._batches.append((images, (pinned(pixels, device), places)))
-        calibrate(self._model, self._batches, device, amp)
+        calibrate(self.model, self._batches, device, amp)
 
     def run(self) -> int:
         """Every batch once; how many detections that made."""
@@ -83,7 +83,7 @@ class OwnDetector:
     def _queue(self, batch: Batch) -> Callable[[], list[Detections]]:
         images, packed = batch
         with precision(self.device, self._amp):
-            return queue_batch(self._model, images, packed=packed)
+            return queue_batch(self.model, images, packed=packed)
 
 
 class TorchvisionDetector:

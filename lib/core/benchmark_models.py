@@ -79,11 +79,13 @@ def draw_batches(
     classes: int = CLASSES,
     keypoints: int = 0,
     near: int = 0,
+    objects: int = OBJECTS,
     one_size: bool = False,
 ) -> list[list[Scene]]:
     """`count` batches, every fourth of standing images.
 
-    near: boxes near the objects, an image; one_size: the images of a batch are of equal size.
+    near: boxes near the objects, an image; objects: of an image; one_size: the images of a batch
+    are of equal size.
     """
     rng = np.random.default_rng(0)
     batches = []
@@ -92,17 +94,25 @@ def draw_batches(
         sizes = [kinds[rng.integers(len(kinds))] for _ in range(batch_size)]
         if one_size:
             sizes = sizes[:1] * batch_size
-        batches.append([_draw_scene(*size, classes, keypoints, near, rng) for size in sizes])
+        batches.append(
+            [_draw_scene(*size, classes, keypoints, near, objects, rng) for size in sizes]
+        )
     return batches
 
 
 def _draw_scene(
-    height: int, width: int, classes: int, keypoints: int, near: int, rng: np.random.Generator
+    height: int,
+    width: int,
+    classes: int,
+    keypoints: int,
+    near: int,
+    objects: int,
+    rng: np.random.Generator,
 ) -> Scene:
     coarse = rng.integers(0, 256, (height // 20, width // 20, 3), dtype=np.uint8)
     image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     boxes = np.zeros((0, 4), dtype=np.float32)
-    while len(boxes) < OBJECTS:
+    while len(boxes) < objects:
         drawn = draw_boxes(1, 1, height, width, rng)
         if ((drawn[:, 2:] - drawn[:, :2]) > 12).all():  # not all of it beyond the edge
             boxes = np.concatenate([boxes, drawn])
@@ -121,16 +131,16 @@ def _draw_scene(
         "width": width,
         "flipped": False,
         "boxes": boxes,
-        "gt_classes": rng.integers(1, classes + 1, OBJECTS).astype(np.int32),
-        "is_crowd": np.zeros(OBJECTS, dtype=bool),
+        "gt_classes": rng.integers(1, classes + 1, objects).astype(np.int32),
+        "is_crowd": np.zeros(objects, dtype=bool),
         "seg_areas": side.prod(axis=1),
         "segms": segms,
     }
     if keypoints:
         points = centre[:, :, None] + side[:, :, None] * rng.uniform(-0.4, 0.4, (1, 2, keypoints))
-        seen = np.full((OBJECTS, 1, keypoints), 2)
+        seen = np.full((objects, 1, keypoints), 2)
         entry["gt_keypoints"] = np.concatenate([points, seen], axis=1).astype(np.int32)
-    owner = np.arange(near) % OBJECTS
+    owner = np.arange(near) % objects
     shift = centre[owner] + 0.1 * side[owner] * rng.uniform(-1, 1, (near, 2))
     half = side[owner] / 2 * np.exp(rng.uniform(-0.15, 0.15, (near, 2)))
     jittered = np.concatenate([shift - half, shift + half], axis=1)
