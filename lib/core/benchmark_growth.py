@@ -199,7 +199,8 @@ def plot(series: dict[str, list[Point]], path: Path, title: str) -> None:
     size = (2.9 * len(series), 2.3 * len(rows) + 0.4)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=9)
-    grid = figure.subplots(len(rows), len(series), squeeze=False)
+    # One scale for a row: growth looks as large as it is.
+    grid = figure.subplots(len(rows), len(series), sharey="row", squeeze=False)
     for row, what in zip(grid, rows, strict=True):
         for axes, (axis, points) in zip(row, series.items(), strict=True):
             if what not in figures_of(points):
@@ -213,13 +214,13 @@ def plot(series: dict[str, list[Point]], path: Path, title: str) -> None:
             axes.set_xticks(at, [str(value) for value in at], fontsize=7)
             axes.minorticks_off()
             axes.set_xlabel(AXES[axis], fontsize=8)
-            axes.set_ylabel(what, fontsize=8)
-            ticks = _ticks(min(axes.get_ylim()), max(axes.get_ylim()))
-            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
             axes.grid(True, color="0.9")
+        row[0].set_ylabel(what, fontsize=8)
+        ticks = _ticks(*row[0].get_ylim())
+        row[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
     grid[0][0].legend(fontsize=6)
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=90)
 
 
 def _ticks(low: float, high: float) -> list[float]:
