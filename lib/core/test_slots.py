@@ -72,6 +72,7 @@ def fits_in_slots(net: nn.Module) -> bool:
     return (
         isinstance(net, Generalized_RCNN)
         and cfg.MODEL.FASTER_RCNN
+        and not cfg.RETINANET.RETINANET_ON
         and test.DETECTIONS_PER_IM > 0
         and test.SCORE_THRESH >= 0
         and not any(extra.ENABLED for extra in extras)
