@@ -1,9 +1,12 @@
 // conv_act and upsample_add: autocast and gradients in C++, where they cost the host a fraction of what they
 // would in Python. The work is done by operators of either device.
 #include <ATen/autocast_mode.h>
+#include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/cudnn_convolution_add_relu.h>
+#include <ATen/ops/cudnn_convolution_relu.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -71,10 +74,39 @@ Tensor scaled(const Tensor& weight, const Tensor& scale, at::ScalarType dtype) {
   return out;
 }
 
+// Whether cuDNN has the convolution with bias, residual and ReLU as one kernel, which takes no longer than
+// the convolution alone.
+bool cudnn_fuses(
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
+    bool relu, const Geometry& g) {
+  const bool half = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+  if (!relu || !half || !x.is_cuda() || g.transposed || g.groups != 1 || !bias.has_value()) {
+    return false;
+  }
+  if (!at::globalContext().userEnabledCuDNN() || x.numel() == 0) return false;
+  if (x.size(1) % 8 != 0 || weight.size(0) % 8 != 0) return false;
+  const auto last = at::MemoryFormat::ChannelsLast;
+  if (!x.is_contiguous(last)) return false;
+  if (!residual.has_value()) return true;
+  const int64_t taps = g.dilation[0] * (weight.size(2) - 1) + 1;
+  const int64_t height = (x.size(2) + 2 * g.padding[0] - taps) / g.stride[0] + 1;
+  return residual->size(2) == height && residual->is_contiguous(last);
+}
+
 Tensor forward_only(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
     bool relu, const Geometry& g) {
   const std::vector<int64_t> none(2, 0);
+  if (cudnn_fuses(x, weight, bias, residual, relu, g)) {
+    const auto weights = weight.contiguous(at::MemoryFormat::ChannelsLast);
+    const auto shift = bias->to(x.scalar_type());
+    if (residual.has_value()) {
+      return at::cudnn_convolution_add_relu(
+          x, weights, *residual, 1, shift, g.stride, g.padding, g.dilation, g.groups);
+    }
+    return at::cudnn_convolution_relu(
+        x, weights, shift, g.stride, g.padding, g.dilation, g.groups);
+  }
   Tensor y = at::convolution(
       x, weight, std::nullopt, g.stride, g.padding, g.dilation, g.transposed, none, g.groups);
   if (bias.has_value() || residual.has_value() || relu) bias_act_(y, bias, residual, relu);
