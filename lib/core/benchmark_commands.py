@@ -11,6 +11,7 @@ import torch
 from core import (
     benchmark_data,
     benchmark_eval,
+    benchmark_gradients,
     benchmark_growth,
     benchmark_infer,
     benchmark_memory,
@@ -102,11 +103,20 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
     cases = benchmark_train.TrainCases(
         tuple(args.batches), tuple(args.amp), args.compile, args.steps
     )
+    checks = []
+    for check in benchmark_gradients.gradient_checks(device, cases):
+        print(check)
+        checks.append(check.as_dict())
     rates = list(benchmark_train.train_rates(device, cases))
     print(benchmark_models.format_rates(rates))
     if args.profile:
         print(benchmark_train.profile_steps(device, cases))
-    return {"environment": facts, "settings": asdict(cases), "rows": [r.as_dict() for r in rates]}
+    return {
+        "environment": facts,
+        "settings": asdict(cases),
+        "gradients": checks,
+        "rows": [r.as_dict() for r in rates],
+    }
 
 
 def run_infer(args: argparse.Namespace) -> dict[str, Any]:

@@ -99,6 +99,22 @@ class OwnTrainer:
         )
         return clock.milliseconds()[warm_up:]
 
+    def gradients(self) -> list[Tensor]:
+        """Train one step; its gradients, of all trained parameters in their order."""
+        found: list[Tensor] = []
+
+        def keep(*_: Any) -> None:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            # A head without a RoI has none.
+            found.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained)
+
+        hook = self._optimizer.register_step_pre_hook(keep)
+        try:
+            self.steps(0)
+        finally:
+            hook.remove()
+        return found
+
     def counts(self) -> dict[str, float]:
         original, found = model_builder.sample_rois, []
 
