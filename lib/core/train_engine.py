@@ -405,6 +405,7 @@ class _Loop:
     def close(self) -> None:
         if self._recorded is not None:
             logger.info("%s", self._recorded)
+            self._recorded.forget()
         if self._writer is not None:
             self._writer.close()
 

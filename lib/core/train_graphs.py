@@ -126,6 +126,14 @@ class RecordedCalls:
         self._seconds += time.perf_counter() - begin
         return recorded
 
+    def forget(self) -> None:
+        """Drop the recordings: those of exchanges between processes keep the processes from
+        parting."""
+        with contextlib.suppress(RuntimeError):  # of a GPU that failed, as has been said already
+            torch.cuda.synchronize(self._device)
+        self._graphs.clear()
+        self._recording = False
+
     def __str__(self) -> str:
         return (
             f"{self._replays} of the steps on {self._device} replayed one of {len(self._graphs)} "
@@ -172,6 +180,10 @@ class StepGraphs:
         with self._rates:
             names, own, means = self._calls(recordable(kwargs))
         return names, own.clone(), means.clone()
+
+    def forget(self) -> None:
+        """Drop the recordings."""
+        self._calls.forget()
 
     def __str__(self) -> str:
         return str(self._calls)

@@ -67,6 +67,11 @@ class Replicas:
             replica.take_weights()
         return names, values, values
 
+    def forget(self) -> None:
+        """Drop the recordings."""
+        for replica in self._replicas:
+            replica.forget()
+
     def __str__(self) -> str:
         return "; ".join(str(replica) for replica in self._replicas)
 
@@ -123,6 +128,10 @@ class _Replica:
         """Set the weights to what is in `vector`."""
         with torch.cuda.device(self.device):
             torch._foreach_copy_(self._weights, self._views)
+
+    def forget(self) -> None:
+        """Drop the recordings."""
+        self._calls.forget()
 
     def __str__(self) -> str:
         return str(self._calls)

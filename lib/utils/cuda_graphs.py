@@ -85,6 +85,8 @@ class CudaGraphs:
             while len(self._recordings) >= self._most:
                 forgotten, _ = self._recordings.popitem(last=False)
                 self._seen.pop(forgotten, None)
+            if not self._recordings:
+                self._pool = None  # it went with the last of them
             try:
                 found = self._record(function, inputs, self._seen[key])
             except RuntimeError as error:  # also: out of memory
