@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     infer = commands.add_parser("infer", help="images to detections beside torchvision's")
     infer.add_argument("--batches", type=int, nargs="+", help="images a batch; 1 8, on a CPU 1")
     infer.add_argument("--amp", choices=tuple(AMP_DTYPES), nargs="+", help="off bf16, on a CPU off")
-    infer.add_argument("--rounds", type=int, help="over 4 batches each; 10, on a CPU 3")
+    infer.add_argument("--rounds", type=int, help="over 4 batches each, on a CPU 1; 10, on a CPU 3")
     infer.set_defaults(run=benchmark_commands.run_infer)
 
     growth = commands.add_parser("growth", help="time and memory against the size of the work")

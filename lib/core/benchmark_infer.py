@@ -152,7 +152,8 @@ class InferCases:
 
     batch_sizes: tuple[int, ...] = (1, 8)
     precisions: tuple[str, ...] = ("off", "bf16")  # as --amp
-    rounds: int = 10  # over BATCHES batches each
+    rounds: int = 10
+    batches: int = BATCHES  # different ones, all in each round
 
 
 def infer_rates(device: torch.device, cases: InferCases) -> Iterator[Rate]:
@@ -169,7 +170,7 @@ def infer_rates(device: torch.device, cases: InferCases) -> Iterator[Rate]:
         who["torchvision"] = TorchvisionDetector
     for batch_size in cases.batch_sizes:
         batches = draw_batches(
-            BATCHES, batch_size, classes=cfg.MODEL.NUM_CLASSES - 1, one_size=True
+            cases.batches, batch_size, classes=cfg.MODEL.NUM_CLASSES - 1, one_size=True
         )
         for amp in cases.precisions:
             for paste in (True, False) if cfg.MODEL.MASK_ON else (True,):
@@ -181,8 +182,8 @@ def infer_rates(device: torch.device, cases: InferCases) -> Iterator[Rate]:
                     for _ in range(cases.rounds):
                         begin = time.perf_counter()
                         kept += detector.run()
-                        times.append(1e3 * (time.perf_counter() - begin) / BATCHES)
-                    notes = {"detections": kept / (cases.rounds * BATCHES * batch_size)}
+                        times.append(1e3 * (time.perf_counter() - begin) / cases.batches)
+                    notes = {"detections": kept / (cases.rounds * cases.batches * batch_size)}
                     title = PRECISIONS[amp] + ("" if paste else ", not pasted")
                     memory = peak_gib(device)
                     yield Rate(name, title, batch_size, timing_of(times), memory, notes)

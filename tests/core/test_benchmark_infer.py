@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import benchmark as script
-from core import benchmark_infer
+from core import benchmark_commands
 
 BASELINES = Path(__file__).resolve().parents[2] / "configs/baselines"
 SMALL = ["TEST.SCALE", "96", "TEST.MAX_SIZE", "160", "RESNETS.WIDTH_PER_GROUP", "8"]
@@ -22,7 +22,7 @@ def run(config: str, *flags: object) -> int:
 
 
 def test_the_script_measures_inference_beside_torchvision(cfg, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_infer, "BATCHES", 1)
+    monkeypatch.setattr(benchmark_commands, "CPU_BATCHES", 1)
     flags = ["--batches", 1, "--rounds", 2, "--output", tmp_path / "x.json"]
     assert not run("e2e_mask_rcnn_R-50-FPN_1x.yaml", *flags)
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
