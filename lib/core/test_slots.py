@@ -88,7 +88,7 @@ def queue_in_slots(
     """
     (shown,) = batch.show([plain_view()])
     detect = partial(detect_in_slots, net)
-    if batch.device.type == "cuda":
+    if batch.device.type == "cuda" and cfg.MODEL.CUDA_GRAPHS:
         key = net.training, *_settings()
         slots = Slots(*graphs_of(net)(detect, (shown.data, shown.table), key))
     else:
