@@ -110,6 +110,7 @@ def _train(
         cfg.DATA_LOADER.NUM_THREADS,
         rank,
         ranks.world_size(),
+        endless=True,
     )
     del roidb  # the loader has a compact copy
     place_model(model, devices[0])

@@ -144,7 +144,8 @@ class MinibatchSampler(torch_data.Sampler):
 
 
 class BatchSampler(torch_data.BatchSampler):
-    """Lists of batch_size items of a MinibatchSampler; each iteration is its next pass.
+    """Lists of batch_size items of a MinibatchSampler; each iteration is its next pass or, if it is
+    endless, all passes from there on.
 
     Of world_size processes each gets its share of every list: groups of IMS_PER_BATCH stay whole.
     `seek` makes resuming exact: the state of a training is the number of batches it has consumed.
@@ -157,8 +158,10 @@ class BatchSampler(torch_data.BatchSampler):
         drop_last: bool,
         rank: int = 0,
         world_size: int = 1,
+        endless: bool = False,
     ) -> None:
         super().__init__(sampler, batch_size, drop_last)
+        self._endless = endless
         size = batch_size // world_size
         self._part = slice(rank * size, (rank + 1) * size)
         self._skip = 0
@@ -171,8 +174,10 @@ class BatchSampler(torch_data.BatchSampler):
         # A generator, so that nothing changes before the first batch is asked for: DataLoader
         # makes an iterator that it never uses.
         skip, self._skip = self._skip, 0
-        for batch in itertools.islice(super().__iter__(), skip, None):
-            yield batch[self._part]
+        for _ in itertools.count() if self._endless else range(1):
+            for batch in itertools.islice(super().__iter__(), skip, None):
+                yield batch[self._part]
+            skip = 0
 
 
 def collate_minibatch(
@@ -199,15 +204,18 @@ def build_train_loader(
     num_workers: int,
     rank: int = 0,
     world_size: int = 1,
+    endless: bool = False,
 ) -> TrainLoader:
     """The loader of training batches over all GPUs, as `combined_roidb_for_training` feeds it.
 
     batch_size: images over all GPUs. Of world_size processes that train together, this one is
     number `rank` and gets the images of its GPUs: those that a single process would give them.
-    One iteration is one pass, the last incomplete batch left out; `loader.batch_sampler.seek(n)`
-    continues after n batches. What is drawn depends on cfg.RNG_SEED and the number of the batch,
-    not on num_workers. Batches lie in pinned memory if cfg.CUDA. Raises UserError if the images
-    do not fill one batch; iterating raises UserError naming an image that cannot be used.
+    One iteration is one pass, the last incomplete batch left out, or with `endless` one pass after
+    the other: the processes read ahead into the next, or a small data set would keep the GPU
+    waiting. `loader.batch_sampler.seek(n)` continues after n batches. What is drawn depends on
+    cfg.RNG_SEED and the number of the batch, not on num_workers. Batches lie in pinned memory if
+    cfg.CUDA. Raises UserError if the images do not fill one batch; iterating raises UserError
+    naming an image that cannot be used.
     """
     if len(roidb) < batch_size:
         raise UserError(
@@ -218,7 +226,7 @@ def build_train_loader(
     images = RoiDataLoader(roidb, cfg.MODEL.NUM_CLASSES)
     return TrainLoader(
         BatchReader(images, MinibatchOptions.from_cfg(), num_workers),
-        BatchSampler(sampler, batch_size, True, rank, world_size),
+        BatchSampler(sampler, batch_size, True, rank, world_size, endless),
         num_workers,
         pin_memory=cfg.CUDA,
     )

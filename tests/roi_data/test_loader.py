@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -109,6 +110,19 @@ def tiny_training(cfg, tiny_dataset):
     cfg.TRAIN.SCALES, cfg.TRAIN.MAX_SIZE = (40, 64), 200
     cfg.TRAIN.KEEP_IMAGES_WITHOUT_OBJECTS = True
     return combined_roidb_for_training(tiny_dataset.train_names)
+
+
+def test_an_endless_sampler_goes_on_with_the_next_pass(cfg):
+    def batches(endless):
+        ratios = MinibatchSampler(np.linspace(0.5, 2, 11), np.arange(11))
+        return BatchSampler(ratios, 4, True, endless=endless)
+
+    passes = batches(False)
+    whole = [batch for _ in range(3) for batch in passes]
+    assert list(itertools.islice(batches(True), len(whole))) == whole
+    resumed = batches(True)
+    resumed.seek(3)
+    assert list(itertools.islice(resumed, len(whole) - 3)) == whole[3:]
 
 
 def test_batches_have_a_part_for_every_gpu(cfg, tiny_training):
