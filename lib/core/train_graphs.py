@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,8 @@ logger = logging.getLogger(__name__)
 Names = tuple[tuple[str, ...], tuple[str, ...]]
 StepValues = tuple[Names, Tensor, Tensor]
 
-# Recorded steps that are kept; the one that was not used for longest makes room for a new one.
+# Shapes that are recorded. The frequent ones come first; were others to take their places, a data
+# set of more shapes would be recorded over and over, which takes longer than a step does.
 MOST_GRAPHS = 128
 
 
@@ -76,7 +76,7 @@ class RecordedCalls:
         self._inputs = StaticInputs(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._seen: set[Hashable] = set()
-        self._graphs: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self._graphs: dict[Hashable, _Recorded] = {}
         self._recording = True
         self._replays, self._seconds = 0, 0.0
 
@@ -93,17 +93,27 @@ class RecordedCalls:
 
     def _run(self, inputs: Mapping[str, Any]) -> tuple:
         key = self._inputs.key(inputs)
-        known = key in self._seen
-        self._seen.add(key)
+        recorded = self._graphs.get(key)
         self._calls_to_warm_up -= 1
-        if not self._recording or not known or self._calls_to_warm_up >= 0:
+        if recorded is None and not self._may_record(key):
             return self._function(**inputs)
         static = self._inputs.fill(inputs)
-        recorded = self._graphs.get(key) or self._record(key, static)
-        self._graphs.move_to_end(key)
+        if recorded is None:
+            recorded = self._record(key, static)
         recorded.graph.replay()
         self._replays += 1
         return recorded.outputs
+
+    def _may_record(self, key: Hashable) -> bool:
+        known = key in self._seen
+        self._seen.add(key)
+        if not (known and self._recording and self._calls_to_warm_up < 0):
+            return False
+        if len(self._graphs) >= MOST_GRAPHS:
+            self._graphs = {k: g for k, g in self._graphs.items() if not self._inputs.outdated(k)}
+            if not self._graphs:  # the pool of memory ended with the last of them
+                self._pool = torch.cuda.graph_pool_handle()
+        return len(self._graphs) < MOST_GRAPHS
 
     def _record(self, key: Hashable, inputs: dict[str, Any]) -> _Recorded:
         begin = time.perf_counter()
@@ -121,8 +131,6 @@ class RecordedCalls:
                 "yours in the model waits for the GPU, train with --set MODEL.CUDA_GRAPHS False"
             ) from error
         self._graphs[key] = recorded
-        if len(self._graphs) > MOST_GRAPHS:  # not before: the pool lives as long as a graph does
-            self._graphs.popitem(last=False)
         self._seconds += time.perf_counter() - begin
         return recorded
 
@@ -241,6 +249,16 @@ class StaticInputs:
         return tuple(
             (name, self._shape(name, value), value.dtype) if torch.is_tensor(value) else value
             for name, value in inputs.items()
+        )
+
+    def outdated(self, key: Hashable) -> bool:
+        """Whether a place has grown since, so that no batch has this key any more."""
+        return any(
+            isinstance(entry, tuple)
+            and entry[0] in GROWING_INPUTS
+            and entry[1][0] > 0
+            and entry[1] != self._longest[entry[0]]
+            for entry in key
         )
 
     def fill(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

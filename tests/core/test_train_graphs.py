@@ -43,6 +43,7 @@ def test_batches_of_packed_inputs_come_in_few_shapes():
     grown = key(1025, 8)
     assert grown != first
     assert key(3, 8) == grown  # room once made stays
+    assert static.outdated(first) and not static.outdated(grown)
     assert static.key({"data": torch.zeros(0), "size": 5}) != static.key({"data": torch.zeros(1)})
 
 
@@ -172,9 +173,19 @@ def test_replicas_train_as_copies_made_in_every_step_do():
 
 
 @pytest.mark.gpu
-def test_old_graphs_make_room(monkeypatch):
+def test_shapes_beyond_the_limit_are_not_recorded(monkeypatch):
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+    held = []
+    original = graphs.RecordedCalls._record
+
+    def recording(self, *args):
+        found = original(self, *args)
+        held.append(len(self._graphs))
+        return found
+
+    monkeypatch.setattr(graphs.RecordedCalls, "_record", recording)
     rows, _ = run(True)
+    assert set(held) == {1} and len(held) <= 3  # again only where the packed input grew
     plain_rows, _ = run(False)
     torch.testing.assert_close(rows, plain_rows, rtol=1e-5, atol=1e-6)
 
