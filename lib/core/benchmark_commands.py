@@ -16,6 +16,7 @@ from core import (
     benchmark_infer,
     benchmark_memory,
     benchmark_models,
+    benchmark_stages,
     benchmark_test,
     benchmark_train,
 )
@@ -111,13 +112,18 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
         checks.append(check.as_dict())
     rates = list(benchmark_train.train_rates(device, cases))
     print(benchmark_models.format_rates(rates))
+    stages = []
     if args.profile:
-        print(benchmark_train.profile_steps(device, cases))
+        trainer = benchmark_train.warm_trainer(device, cases)
+        stages = benchmark_stages.stage_times(trainer)
+        print(benchmark_stages.table(stages, device))
+        print(benchmark_train.profile_steps(trainer))
     return {
         "environment": facts,
         "settings": asdict(cases),
         "gradients": checks,
         "rows": [r.as_dict() for r in rates],
+        "stages": [asdict(stage) for stage in stages],
     }
 
 

@@ -85,10 +85,12 @@ class OwnTrainer:
             for b in batches
         ]
 
-    def steps(self, count: int, warm_up: int = 0) -> list[float]:
+    def steps(self, count: int, warm_up: int = 0, cuda_graphs: bool = True) -> list[float]:
         clock, count = _Clock(self.device), count + warm_up
         # The loop asks for the rate when a step begins; the last of count + 1 has no end.
-        settings = TrainSettings(count + 1, disp_interval=count + 2, amp=self._amp)
+        settings = TrainSettings(
+            count + 1, disp_interval=count + 2, amp=self._amp, cuda_graphs=cuda_graphs
+        )
         train(
             self._parallel,
             self._optimizer,
@@ -319,20 +321,23 @@ def train_rates(device: torch.device, cases: TrainCases) -> Iterator[Rate]:
                 del trainer
 
 
-def profile_steps(device: torch.device, cases: TrainCases, steps: int = 4) -> str:
-    """A table of the operations that this project's step spends most time in, on the device, in
-    the last case (batch size, precision)."""
+def warm_trainer(device: torch.device, cases: TrainCases) -> OwnTrainer:
+    """This project's trainer of the last case (batch size, precision), after some steps."""
     prepare_device(device)
     trainer = OwnTrainer(
         draw_scenes(cases.batch_sizes[-1]), device, cases.precisions[-1], cases.compiled
     )
     trainer.steps(2 * BATCHES)
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+    return trainer
+
+
+def profile_steps(trainer: OwnTrainer, steps: int = 4) -> str:
+    """A table of the operations that the step spends most time in, on the device."""
+    cuda = trainer.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as found:
         trainer.steps(steps)
-    key = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+    key = f"self_{'cuda' if cuda else 'cpu'}_time_total"
     return found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=70)
 
 

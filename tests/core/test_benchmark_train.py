@@ -44,7 +44,8 @@ def test_the_script_measures_steps_beside_torchvision(cfg, tmp_path, capsys):
         assert 6 <= row["notes"]["foreground"] <= 10
     printed = capsys.readouterr().out
     assert "x peer" in printed and "torchvision" in printed
-    assert "aten::convolution" in printed  # of --profile
+    assert "aten::convolution" in printed and "everything else" in printed  # of --profile
+    assert sum(stage["share"] for stage in report["stages"]) == pytest.approx(1)
 
 
 def test_a_model_that_torchvision_has_not_is_measured_alone(cfg, tmp_path):
