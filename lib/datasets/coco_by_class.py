@@ -7,8 +7,11 @@ while the library matches them: its own way converts every mask first.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
+import signal
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +26,7 @@ from pycocotools.cocoeval import Params
 from roi_data.loader_workers import START_METHOD
 
 _MASKS_AT_ONCE = 200  # pycocotools' mask.area takes 255 at most
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl
 RESULTS_OF_A_PROCESS = 5000  # below, a process takes longer to start than to score
 
 Arrays = dict[str, np.ndarray]
@@ -83,6 +87,10 @@ _shared: list[_Job] = []  # of a worker process
 
 
 def _share(job: _Job) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    # Were that one killed, this one would wait for work for ever, with its memory and connections.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _shared[:] = [job]
 
 
