@@ -88,8 +88,9 @@ class RecordedCalls:
         except torch.cuda.OutOfMemoryError:
             if not self._graphs:
                 raise
-            self._give_up()
-            return self._function(**inputs)
+        # Not in the handler: its traceback holds all that the call had on the device.
+        self._give_up()
+        return self._function(**inputs)
 
     def _run(self, inputs: Mapping[str, Any]) -> tuple:
         key = self._inputs.key(inputs)
