@@ -111,8 +111,6 @@ class CudaGraphs:
                 None if y is None else self._buffer(("out", i), y, device)
                 for i, y in enumerate(results)
             ]
-            for buffer, x in zip(static, inputs, strict=True):
-                buffer.copy_(x)
             graph = torch.cuda.CUDAGraph()
             # Casts of weights that autocast keeps from call to call would be missing here. Other
             # threads may go on allocating and copying meanwhile. A recording that breaks off would
