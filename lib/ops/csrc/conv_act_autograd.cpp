@@ -83,14 +83,24 @@ bool cudnn_fuses(
   if (!relu || !half || !x.is_cuda() || g.transposed || g.groups != 1 || !bias.has_value()) {
     return false;
   }
-  if (!at::globalContext().userEnabledCuDNN() || x.numel() == 0) return false;
+  // ATen asks for these kernels without regard to determinism.
+  const auto& context = at::globalContext();
+  if (!context.userEnabledCuDNN() || context.deterministicAlgorithms()) return false;
+  // They check no shapes: what does not fit is left to operators that say so.
+  if (x.numel() == 0 || weight.dim() != 4 || weight.scalar_type() != x.scalar_type()) return false;
+  if (weight.size(1) != x.size(1) || bias->dim() != 1 || bias->size(0) != weight.size(0)) {
+    return false;
+  }
   if (x.size(1) % 8 != 0 || weight.size(0) % 8 != 0) return false;
   const auto last = at::MemoryFormat::ChannelsLast;
   if (!x.is_contiguous(last)) return false;
   if (!residual.has_value()) return true;
-  const int64_t taps = g.dilation[0] * (weight.size(2) - 1) + 1;
-  const int64_t height = (x.size(2) + 2 * g.padding[0] - taps) / g.stride[0] + 1;
-  return residual->size(2) == height && residual->is_contiguous(last);
+  std::array<int64_t, 4> sizes{x.size(0), weight.size(0), 0, 0};
+  for (int i = 0; i < 2; ++i) {
+    const int64_t taps = g.dilation[i] * (weight.size(i + 2) - 1) + 1;
+    sizes[i + 2] = (x.size(i + 2) + 2 * g.padding[i] - taps) / g.stride[i] + 1;
+  }
+  return residual->sizes().equals(sizes) && residual->is_contiguous(last);
 }
 
 Tensor forward_only(
