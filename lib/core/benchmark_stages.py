@@ -88,7 +88,7 @@ def stage_times(trainer: OwnTrainer, steps: int = 4) -> list[StageTime]:
 
 def record(trainer: OwnTrainer, steps: int) -> Sequence[FunctionEvent]:
     """The profiler's events of `steps` training steps, within the ranges of their stages."""
-    trainer.steps(steps, cuda_graphs=False)
+    trainer.steps(1, cuda_graphs=False)
     activities = [ProfilerActivity.CPU]
     if trainer.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -97,7 +97,7 @@ def record(trainer: OwnTrainer, steps: int) -> Sequence[FunctionEvent]:
         profile(activities=activities) as found,
         record_function(RANGE + OTHER),
     ):
-        trainer.steps(steps, cuda_graphs=False)
+        trainer.steps(steps - 1, cuda_graphs=False)  # trains one more, to end the last's time
     return found.events()
 
 

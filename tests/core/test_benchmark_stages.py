@@ -54,6 +54,7 @@ def tiny_trainer(
 def test_the_stages_of_a_step_make_up_its_time(cfg, monkeypatch, config, expected):
     trainer = tiny_trainer(f"{config}.yaml", monkeypatch)
     events = stages.record(trainer, 1)
+    assert sum(e.name.startswith("Optimizer.step#") for e in events) == 1
     found = stages.summed(events, 1, CPU)
     assert {s.name for s in found} == expected
     assert [s.name for s in found] == [name for name in stages.STAGES if name in expected]
