@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from core.benchmark import Timing, timing_of
 from core.benchmark_infer import OwnDetector
@@ -107,6 +107,16 @@ def growth(device: torch.device, cases: GrowthCases) -> Iterator[tuple[str, Poin
         _set_sizes(before)
 
 
+def _flop_counter() -> FlopCounterMode:
+    """Counts the convolutions too that cuDNN does together with what follows them."""
+
+    def flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return conv_flop_count(x, weight, out_shape)
+
+    fused = torch.ops.aten.cudnn_convolution_relu, torch.ops.aten.cudnn_convolution_add_relu
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(fused, flops))
+
+
 def _measure(device: torch.device, size: Size, cases: GrowthCases, infer: bool) -> Point:
     longest = {"MAX_SIZE": round(size.side * 1333 / 800)}
     _set_sizes(
@@ -121,7 +131,7 @@ def _measure(device: torch.device, size: Size, cases: GrowthCases, infer: bool) 
     batches = draw_batches(1, size.batch, near=NEAR, **draw)
     fresh_memory(device)
     trainer = OwnTrainer(batches, device, cases.amp, compiled=False)
-    with FlopCounterMode(display=False) as counter:
+    with _flop_counter() as counter:
         trainer.steps(0)
     train = timing_of(trainer.steps(cases.steps, WARM_UP))
     point = Point(size, train, counter.get_total_flops(), peak_gib(device), None, None)
@@ -131,7 +141,7 @@ def _measure(device: torch.device, size: Size, cases: GrowthCases, infer: bool) 
     fresh_memory(device)
     detector = OwnDetector(batches, device, cases.amp, paste=True)
     forget_graphs(detector.model)  # nothing can be counted in a replay
-    with FlopCounterMode(display=False) as counter:
+    with _flop_counter() as counter:
         detector.run()
     detector.run()
     times = []

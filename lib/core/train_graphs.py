@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from core.errors import UserError
@@ -77,7 +78,7 @@ class RecordedCalls:
         self._pool = torch.cuda.graph_pool_handle()
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, _Recorded] = {}
-        self._recording = True
+        self._recording, self._under_way = True, False
         self._replays, self._seconds = 0, 0.0
 
     def __call__(self, inputs: Mapping[str, Any]) -> tuple:
@@ -86,8 +87,8 @@ class RecordedCalls:
         try:
             return self._run(inputs)
         except torch.cuda.OutOfMemoryError:
-            if not self._graphs:
-                raise
+            if not (self._graphs or self._under_way) or dist.is_initialized():
+                raise  # no memory to win; the other ranks are in the middle of this step
         # Not in the handler: its traceback holds all that the call had on the device.
         self._give_up()
         return self._function(**inputs)
@@ -117,7 +118,7 @@ class RecordedCalls:
         return len(self._graphs) < MOST_GRAPHS
 
     def _record(self, key: Hashable, inputs: dict[str, Any]) -> _Recorded:
-        begin = time.perf_counter()
+        begin, self._under_way = time.perf_counter(), True
         graph, stream = torch.cuda.CUDAGraph(), training_stream(self._device)
         try:
             # Threads that pin batches or write checkpoints may go on as they like.
@@ -127,11 +128,16 @@ class RecordedCalls:
             raise
         except RuntimeError as error:
             cause = error.__context__ or error
+            if isinstance(cause, torch.cuda.OutOfMemoryError):
+                raise UserError(
+                    "the GPU's memory is full while a step is recorded as a CUDA graph: train with "
+                    "--set MODEL.CUDA_GRAPHS False or with smaller batches"
+                ) from error
             raise UserError(
                 f"a training step could not be recorded as a CUDA graph ({cause}): if something of "
                 "yours in the model waits for the GPU, train with --set MODEL.CUDA_GRAPHS False"
             ) from error
-        self._graphs[key] = recorded
+        self._graphs[key], self._under_way = recorded, False
         self._seconds += time.perf_counter() - begin
         return recorded
 

@@ -27,6 +27,8 @@ def conv_act(
     On CUDA a convolution of torch adds its bias in a kernel of its own, ReLU takes another, and the
     gradients two more; here all that is one pass over memory each way.
 
+    In half precision on CUDA cuDNN may do all of it, whose ReLU may take NaN for 0.
+
     Args:
         x: (N, C, H, W), cast as autocast casts a convolution's input; so is the weight.
         weight: as for `torch.nn.functional.conv2d`, or `conv_transpose2d` if transposed.

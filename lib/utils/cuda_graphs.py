@@ -13,6 +13,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+_one_at_a_time = threading.Lock()  # a process can record one graph
+
 Outputs = tuple[Tensor | None, ...]
 Function = Callable[..., Outputs]
 
@@ -39,7 +41,8 @@ class CudaGraphs:
     Weights may change in place between calls. Those that have moved are recorded anew.
 
     Args:
-        weights: all that functions read besides their inputs.
+        weights: all that functions read besides their inputs; others put in their place later are
+            not noticed.
         most: recordings that are kept; the one that has not been used for longest goes.
     """
 
@@ -66,12 +69,28 @@ class CudaGraphs:
                 recording = self._recording(full_key, function, inputs)
                 if recording is not None:
                     return self._replay(recording, inputs)
-        with _autocast_without_cache():  # as when it is recorded, for whoever compiles for that
-            outputs = function(*inputs)
+        try:
+            outputs = self._as_it_stands(function, inputs)
+        except torch.cuda.OutOfMemoryError:
+            if not self._recordings:
+                raise
+            outputs = None
+        if outputs is None:  # not in the handler: its traceback holds what the call had
+            logger.warning("the GPU's memory is full: its CUDA graphs make room")
+            with self._lock:
+                self._recordings.clear()
+            torch.cuda.empty_cache()
+            outputs = self._as_it_stands(function, inputs)
         self._seen[full_key] = [
             y if y is None else torch.empty_like(y, device="meta") for y in outputs
         ]
         return outputs
+
+    @staticmethod
+    def _as_it_stands(function: Function, inputs: Sequence[Tensor]) -> Outputs:
+        # Autocast as when it is recorded, for whoever compiles for that.
+        with _autocast_without_cache():
+            return function(*inputs)
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -88,7 +107,8 @@ class CudaGraphs:
             if not self._recordings:
                 self._pool = None  # it went with the last of them
             try:
-                found = self._record(function, inputs, self._seen[key])
+                with _one_at_a_time:
+                    found = self._record(function, inputs, self._seen[key])
             except RuntimeError as error:  # also: out of memory
                 # Ending the recording fails too, and hides what went wrong in it.
                 reason = str(error.__context__ or error).splitlines()[0]

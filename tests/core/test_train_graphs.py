@@ -191,20 +191,21 @@ def test_shapes_beyond_the_limit_are_not_recorded(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_full_gpu_goes_on_without_graphs(monkeypatch, caplog):
-    original = graphs.RecordedCalls._record
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_full_gpu_goes_on_without_graphs(monkeypatch, caplog, number):
+    original = torch.cuda.CUDAGraph
     calls = []
 
-    def full_the_third_time(self, *args):
+    def full_for_once():
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == number:
             raise torch.cuda.OutOfMemoryError("full")
-        return original(self, *args)
+        return original()
 
-    monkeypatch.setattr(graphs.RecordedCalls, "_record", full_the_third_time)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", full_for_once)
     with caplog.at_level(logging.WARNING):
         rows, _ = run(True)
-    assert len(calls) == 3 and "without CUDA graphs" in caplog.text
+    assert len(calls) == number and "without CUDA graphs" in caplog.text
     plain_rows, _ = run(False)
     torch.testing.assert_close(rows, plain_rows, rtol=1e-5, atol=1e-6)
 
