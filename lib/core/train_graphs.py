@@ -87,8 +87,9 @@ class RecordedCalls:
         try:
             return self._run(inputs)
         except torch.cuda.OutOfMemoryError:
+            # Without recordings there is no memory to win; other ranks would wait for this step.
             if not (self._graphs or self._under_way) or dist.is_initialized():
-                raise  # no memory to win; the other ranks are in the middle of this step
+                raise
         # Not in the handler: its traceback holds all that the call had on the device.
         self._give_up()
         return self._function(**inputs)
@@ -162,7 +163,7 @@ class RecordedCalls:
             "take as much again as a step does",
             self._device,
         )
-        self._recording = False
+        self._recording = self._under_way = False
         self._graphs.clear()
         self._abandon()
         torch.cuda.empty_cache()
