@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,16 +54,6 @@ NEAR = 72
 LEARNING_RATE = 1e-5
 
 
-class Trainer(Protocol):
-    """A model that can be trained on the benchmark's batches."""
-
-    def steps(self, count: int, warm_up: int = 0) -> list[float]:
-        """Train `count` steps after some to warm up; the milliseconds of each."""
-
-    def counts(self) -> dict[str, float]:
-        """Train one step; RoIs and foreground RoIs, means an image."""
-
-
 class OwnTrainer:
     """This project's model and loop."""
 
@@ -86,6 +76,7 @@ class OwnTrainer:
         ]
 
     def steps(self, count: int, warm_up: int = 0, cuda_graphs: bool = True) -> list[float]:
+        """Train `count` steps after some to warm up; the milliseconds of each."""
         clock, count = _Clock(self.device), count + warm_up
         # The loop asks for the rate when a step begins; the last of count + 1 has no end.
         settings = TrainSettings(
@@ -118,6 +109,7 @@ class OwnTrainer:
         return found
 
     def counts(self) -> dict[str, float]:
+        """Train a step or two; RoIs and foreground RoIs, means an image."""
         original, found = model_builder.sample_rois, []
 
         def watch(*args: Any, **kwargs: Any) -> Any:
@@ -138,7 +130,8 @@ class OwnTrainer:
 
 
 class TorchvisionTrainer:
-    """torchvision's model, trained as its reference scripts do, without their wait for the loss."""
+    """torchvision's model, trained as its reference scripts do, without their wait for the loss;
+    methods as OwnTrainer's."""
 
     def __init__(
         self, batches: Sequence[Sequence[Scene]], device: torch.device, amp: str, compiled: bool
