@@ -307,3 +307,27 @@ def test_cuda_agrees_with_the_cpu_on_large_maps(shape):
     expected, expected_total = EPILOGUE.relu_backward(grad, y, True)
     assert torch.equal(masked.cpu(), expected)
     torch.testing.assert_close(total.cpu(), expected_total, rtol=1e-3, atol=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_is_not_finite_comes_through_relu(trained, layout, dtype, bad):
+    """A network that diverges must not look healthy behind ReLU: as for the layers, NaN stays NaN."""
+    x, residual = (
+        m.requires_grad_(trained) for m in maps((2, 64, 12, 16), dtype, layout, "cuda", 2)
+    )
+    weight = torch.linspace(-1, 1, 64 * 64, device="cuda", dtype=dtype).view(64, 64, 1, 1)
+    bias = torch.zeros(64, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        x[0, 3, 4, 5] = bad
+        x[0, 40, 4, 5] = bad
+    for added in (None, residual):
+        out = conv_act(x, weight, bias=bias, residual=added, relu=True)
+        expected = F.conv2d(x, weight, bias)
+        expected = F.relu(expected if added is None else expected + added)
+        assert not expected.isfinite().all()
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.isinf(), expected.isinf())
