@@ -315,7 +315,7 @@ def test_cuda_agrees_with_the_cpu_on_large_maps(shape):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("trained", [False, True])
 def test_what_is_not_finite_comes_through_relu(trained, layout, dtype, bad):
-    """A network that diverges must not look healthy behind ReLU: as for the layers, NaN stays NaN."""
+    """A network that diverges must not look healthy behind ReLU: NaN stays NaN, as in layers."""
     x, residual = (
         m.requires_grad_(trained) for m in maps((2, 64, 12, 16), dtype, layout, "cuda", 2)
     )
