@@ -58,18 +58,3 @@ def _ps_roi_pool_fake(features, rois, levels, scales, grid_size):
 @torch.library.register_fake("detectron::ps_roi_pool_backward")
 def _ps_roi_pool_backward_fake(grad, rois, levels, scales, sizes, channels_last):
     return _roi.fake_maps(grad, sizes, channels_last)
-
-
-def _setup(ctx, inputs, output) -> None:
-    features, rois, levels, scales, _ = inputs
-    ctx.save_for_backward(rois, levels)
-    ctx.options = (scales, _roi.sizes_of(features), _roi.is_channels_last(features))
-
-
-def _backward(ctx, grad):
-    grads = torch.ops.detectron.ps_roi_pool_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return grads, None, None, None, None
-
-
-torch.library.register_autograd("detectron::ps_roi_pool", _backward, setup_context=_setup)
-_roi.refuse_second_derivative("ps_roi_pool")

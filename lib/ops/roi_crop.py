@@ -71,18 +71,3 @@ def _roi_crop_fake(features, rois, levels, scales, pooled_h, pooled_w, max_pool)
 @torch.library.register_fake("detectron::roi_crop_backward")
 def _roi_crop_backward_fake(grad, choice, rois, levels, scales, sizes, max_pool, channels_last):
     return _roi.fake_maps(grad, sizes, channels_last)
-
-
-def _setup(ctx, inputs, output) -> None:
-    features, rois, levels, scales, _, _, max_pool = inputs
-    ctx.save_for_backward(output[1], rois, levels)
-    ctx.options = (scales, _roi.sizes_of(features), max_pool, _roi.is_channels_last(features))
-
-
-def _backward(ctx, grad, _):
-    grads = torch.ops.detectron.roi_crop_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return grads, None, None, None, None, None, None
-
-
-torch.library.register_autograd("detectron::roi_crop", _backward, setup_context=_setup)
-_roi.refuse_second_derivative("roi_crop")

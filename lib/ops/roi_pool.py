@@ -59,22 +59,3 @@ def _roi_pool_fake(features, rois, levels, scales, pooled_h, pooled_w):
 @torch.library.register_fake("detectron::roi_pool_backward")
 def _roi_pool_backward_fake(grad, argmax, rois, levels, scales, sizes, channels_last):
     return _roi.fake_maps(grad, sizes, channels_last)
-
-
-def _setup(ctx, inputs, output) -> None:
-    features, rois, levels, scales, _, _ = inputs
-    ctx.save_for_backward(output[1], rois, levels)
-    ctx.scales = scales
-    ctx.sizes = _roi.sizes_of(features)
-    ctx.channels_last = _roi.is_channels_last(features)
-
-
-def _backward(ctx, grad, _):
-    grads = torch.ops.detectron.roi_pool_backward(
-        grad, *ctx.saved_tensors, ctx.scales, ctx.sizes, ctx.channels_last
-    )
-    return grads, None, None, None, None, None
-
-
-torch.library.register_autograd("detectron::roi_pool", _backward, setup_context=_setup)
-_roi.refuse_second_derivative("roi_pool")
