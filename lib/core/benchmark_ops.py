@@ -102,6 +102,7 @@ def ops_rows(device: torch.device, sizes: OpSizes) -> Iterator[Row]:
         sizes.images,
         sizes.channels,
         (sizes.height, sizes.width),
+        sizes.dtypes[-1],
         draw_rois,
         sizes.pooled[1][0],
     )

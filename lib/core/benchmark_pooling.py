@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +12,8 @@ import torchvision
 from torch import Tensor
 
 import ops
-from core.benchmark import Row, Timing, measure
+from core.benchmark import Row, measure
+from core.benchmark_roi_align import LAYOUTS
 
 STRIDE, CELLS, SETS = 16, 7, 4
 
@@ -20,28 +23,19 @@ def pooling_rows(
     images: int,
     channels: int,
     size: tuple[int, int],
+    half: torch.dtype,
     draw_rois: Callable[[int], Tensor],
     count: int,
 ) -> Iterator[Row]:
-    """RoIPoolF, RoICrop and position-sensitive pooling, float32, forward and backward.
+    """RoIPoolF, RoICrop and position-sensitive pooling: forward, and forward with backward.
+
+    In float32 NCHW, and in `half` channels_last, there beside torchvision where it knows the dtype.
 
     Args:
         size: (height, width) of the network's input in pixels; draw_rois: (count,) -> (count, 5).
     """
     scale = 1 / STRIDE
     sets = [draw_rois(count) for _ in range(SETS)]
-
-    def time(pool: Callable, channels: int) -> Timing:
-        shape = (images, channels, -(-size[0] // STRIDE), -(-size[1] // STRIDE))
-        features = [torch.randn(shape, device=device, requires_grad=True) for _ in range(2)]
-        grad = torch.randn_like(pool(features[0], sets[0]))
-        return measure(
-            lambda i: torch.autograd.grad(
-                pool(features[i % 2], sets[i % SETS]), features[i % 2], grad
-            ),
-            device,
-        )
-
     shared = max(1, channels // CELLS**2) * CELLS**2  # a multiple of the cells
     peers = torchvision.ops
     cases: list[tuple[str, int, Callable, Callable | None]] = [
@@ -49,20 +43,60 @@ def pooling_rows(
             "roi_pool",
             channels,
             lambda f, r: ops.roi_pool(f, r, CELLS, scale),
-            lambda f, r: peers.roi_pool(f, r, CELLS, scale),
+            lambda f, r: peers.roi_pool(f, r.to(f.dtype), CELLS, scale),
         ),
         ("roi_crop", channels, lambda f, r: ops.roi_crop(f, r, CELLS, scale), None),
         (
             "ps_roi_pool",
             shared,
             lambda f, r: ops.ps_roi_pool(f, r, CELLS, scale),
-            lambda f, r: peers.ps_roi_pool(f, r, CELLS, scale),
+            lambda f, r: peers.ps_roi_pool(f, r.to(f.dtype), CELLS, scale),
         ),
     ]
-    for name, depth, ours, peer in cases:
-        compared = {} if peer is None else {"torchvision": time(peer, depth)}
-        case = f"{count:,} at {CELLS} x {CELLS}, {depth} channels, float32"
-        yield Row(f"{name} fwd+bwd", case, time(ours, depth), compared)
+    layouts = ((torch.float32, "NCHW"), (half, "channels_last"))
+    for (name, depth, ours, peer), (dtype, layout) in itertools.product(cases, layouts):
+        shape = (images, depth, -(-size[0] // STRIDE), -(-size[1] // STRIDE))
+        features = [
+            torch.randn(shape, dtype=dtype, device=device)
+            .contiguous(memory_format=LAYOUTS[layout])
+            .requires_grad_()
+            for _ in range(2)
+        ]
+        grad = torch.randn_like(ours(features[0], sets[0]))
+        if peer is not None and not _knows(peer, dtype, device):
+            peer = None
+
+        def forward(pool: Callable, i: int, features: list[Tensor] = features) -> Tensor:
+            with torch.no_grad():
+                return pool(features[i % 2], sets[i % SETS])
+
+        def both(
+            pool: Callable, i: int, features: list[Tensor] = features, grad: Tensor = grad
+        ) -> object:
+            out = pool(features[i % 2], sets[i % SETS])
+            return torch.autograd.grad(out, features[i % 2], grad)
+
+        kind = f"{str(dtype).removeprefix('torch.')} {layout}"
+        case = f"{count:,} at {CELLS} x {CELLS}, {depth} channels, {kind}"
+        for what, run in (("forward", forward), ("fwd+bwd", both)):
+            compared = {}
+            if peer is not None:
+                compared["torchvision"] = measure(functools.partial(run, peer), device)
+            yield Row(
+                f"{name} {what}", case, measure(functools.partial(run, ours), device), compared
+            )
+
+
+def _knows(peer: Callable, dtype: torch.dtype, device: torch.device) -> bool:
+    channels = CELLS**2
+    try:
+        peer(
+            torch.zeros(1, channels, 4, 4, dtype=dtype, device=device),
+            torch.zeros(1, 5, device=device),
+        )
+    except RuntimeError:  # '"..." not implemented for 'BFloat16''
+        return False
+    return True
 
 
 def thinning_rows(
