@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor
 
 import ops
-from core.benchmark import Row, measure
+from core.benchmark import Row, Timing, measure
 from core.benchmark_roi_align import LAYOUTS
 
 STRIDE, CELLS, SETS = 16, 7, 4
@@ -29,7 +29,8 @@ def pooling_rows(
 ) -> Iterator[Row]:
     """RoIPoolF, RoICrop and position-sensitive pooling: forward, and forward with backward.
 
-    In float32 NCHW, and in `half` channels_last, there beside torchvision where it knows the dtype.
+    In float32 NCHW and in `half` channels_last. Where torchvision does not know `half`, its time in
+    float32 stands for it.
 
     Args:
         size: (height, width) of the network's input in pixels; draw_rois: (count,) -> (count, 5).
@@ -54,6 +55,7 @@ def pooling_rows(
         ),
     ]
     layouts = ((torch.float32, "NCHW"), (half, "channels_last"))
+    compared: dict[str, dict[str, Timing]] = {}
     for (name, depth, ours, peer), (dtype, layout) in itertools.product(cases, layouts):
         shape = (images, depth, -(-size[0] // STRIDE), -(-size[1] // STRIDE))
         features = [
@@ -63,8 +65,7 @@ def pooling_rows(
             for _ in range(2)
         ]
         grad = torch.randn_like(ours(features[0], sets[0]))
-        if peer is not None and not _knows(peer, dtype, device):
-            peer = None
+        known = peer is not None and _knows(peer, dtype, device)
 
         def forward(pool: Callable, i: int, features: list[Tensor] = features) -> Tensor:
             with torch.no_grad():
@@ -79,12 +80,13 @@ def pooling_rows(
         kind = f"{str(dtype).removeprefix('torch.')} {layout}"
         case = f"{count:,} at {CELLS} x {CELLS}, {depth} channels, {kind}"
         for what, run in (("forward", forward), ("fwd+bwd", both)):
-            compared = {}
-            if peer is not None:
-                compared["torchvision"] = measure(functools.partial(run, peer), device)
-            yield Row(
-                f"{name} {what}", case, measure(functools.partial(run, ours), device), compared
-            )
+            timings = compared.setdefault(f"{name} {what}", {})
+            if known:
+                timing = measure(functools.partial(run, peer), device)
+                timings.clear()
+                timings[f"torchvision {kind}"] = timing
+            timing = measure(functools.partial(run, ours), device)
+            yield Row(f"{name} {what}", case, timing, dict(timings))
 
 
 def _knows(peer: Callable, dtype: torch.dtype, device: torch.device) -> bool:

@@ -33,6 +33,7 @@ def quick(monkeypatch):
 WITHOUT_PEER = (
     "polygons_to_masks",
     "image_batch",
+    "roi_crop forward",
     "roi_crop fwd+bwd",
     "batched_soft_nms",
     "box_voting",
