@@ -13,21 +13,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.benchmark import synchronize, timing_of
 from core.benchmark_models import (
+    CANDIDATES,
     PRECISIONS,
     Batch,
     Rate,
     Scene,
     calibrate,
     choose_threshold,
+    detects_by_itself,
     draw_batches,
     fresh_memory,
     peak_gib,
     pinned,
     random_model,
+    reserved_gib,
+    spread_scores,
     torchvision_model,
 )
 from core.config import cfg
@@ -50,7 +54,9 @@ class OwnDetector:
     ) -> None:
         torch.manual_seed(cfg.RNG_SEED)
         self.device, self._amp, self._paste = device, amp, paste
-        self.model = place_model(random_model(), device).eval()
+        model = random_model()
+        spread_scores(model)
+        self.model = place_model(model, device).eval()
         self._batches = []
         for batch in batches:
             images = [scene.image for scene in batch]
@@ -94,7 +100,9 @@ class TorchvisionDetector:
     ) -> None:
         torch.manual_seed(cfg.RNG_SEED)
         self.device, self._amp = device, amp
-        self._model = torchvision_model(cfg.TEST.SCALE, cfg.TEST.MAX_SIZE).to(device).eval()
+        model = torchvision_model(cfg.TEST.SCALE, cfg.TEST.MAX_SIZE)
+        spread_scores(model)
+        self._model = model.to(device).eval()
         if amp != "off":
             self._model = self._model.to(memory_format=torch.channels_last)
         self._batches = [
@@ -130,17 +138,27 @@ class TorchvisionDetector:
             return self._model(images)
 
     def _calibrate(self) -> None:
-        heads, scores = self._model.roi_heads, []
-        hook = heads.box_predictor.register_forward_hook(
-            lambda _, __, out: scores.append(out[0].float().softmax(-1)[:, 1:].flatten().cpu())
-        )
-        self._model.roi_heads.score_thresh = 1.0
+        scores: list[Tensor] = []
+        if cfg.RETINANET.RETINANET_ON:
+            scored, predictor = self._model, self._model.head.classification_head
+        else:
+            scored, predictor = self._model.roi_heads, self._model.roi_heads.box_predictor
+
+        def keep(module: nn.Module, args: tuple, out: Tensor | tuple[Tensor, ...]) -> None:
+            if torch.is_tensor(out):  # RetinaNet's: of every anchor, far more than can be kept
+                best = out.float().flatten(1).topk(min(CANDIDATES[-1], out[0].numel())).values
+                scores.append(best.sigmoid().flatten().cpu())
+            else:
+                scores.append(out[0].float().softmax(-1)[:, 1:].flatten().cpu())
+
+        hook = predictor.register_forward_hook(keep)
+        scored.score_thresh = 1.0
         images = sum(map(len, self._batches))
         self.run()
         hook.remove()
 
         def kept_at(threshold: float) -> float:
-            heads.score_thresh = threshold
+            scored.score_thresh = threshold
             return self.run() / images
 
         choose_threshold(torch.cat(scores), images, kept_at)
@@ -160,10 +178,13 @@ def infer_rates(device: torch.device, cases: InferCases) -> Iterator[Rate]:
     """Measure every case, this project's and torchvision's in turn, with masks pasted and without;
     yields each when it is there. A time is a batch's, the mean of a round.
 
-    Raises UserError if the config's model is not one of two stages that makes its own proposals.
+    Raises UserError if the config's model detects nothing by itself.
     """
-    if not cfg.MODEL.FASTER_RCNN or cfg.MODEL.RPN_ONLY:
-        raise UserError("--cfg is not a model of two stages (MODEL.FASTER_RCNN True)")
+    if not detects_by_itself():
+        raise UserError(
+            "--cfg is not a model that makes detections by itself (MODEL.FASTER_RCNN or "
+            "RETINANET.RETINANET_ON True, MODEL.RPN_ONLY False)"
+        )
     prepare_device(device)
     who = {"ours": OwnDetector}
     if torchvision_model(cfg.TEST.SCALE, cfg.TEST.MAX_SIZE) is not None:
@@ -185,6 +206,6 @@ def infer_rates(device: torch.device, cases: InferCases) -> Iterator[Rate]:
                         times.append(1e3 * (time.perf_counter() - begin) / cases.batches)
                     notes = {"detections": kept / (cases.rounds * cases.batches * batch_size)}
                     title = PRECISIONS[amp] + ("" if paste else ", not pasted")
-                    memory = peak_gib(device)
-                    yield Rate(name, title, batch_size, timing_of(times), memory, notes)
+                    memory = peak_gib(device), reserved_gib(device)
+                    yield Rate(name, title, batch_size, timing_of(times), *memory, notes)
                     del detector

@@ -27,7 +27,7 @@ from core.config import assert_and_infer_cfg, cfg, merge_cfg_from_file, merge_cf
 from core.errors import UserError
 from core.test import detect_batch
 from core.test_augment import box_outputs, candidates
-from core.test_forward import ImageBatch
+from core.test_forward import ImageBatch, plain_view
 from core.test_pipeline import precision
 from modeling.model_builder import Generalized_RCNN
 from utils.blob import Placed
@@ -39,6 +39,16 @@ OBJECTS = 7  # of an image
 # one kind, as those of training are (TRAIN.ASPECT_GROUPING; torchvision's references do the same).
 LYING = ((480, 640), (427, 640), (480, 640), (426, 640), (375, 500), (480, 640), (640, 640))
 STANDING = ((640, 480), (640, 427), (500, 375))
+# torchvision's backbones: the config's body, groups of its convolutions, and their width if many.
+BACKBONES = {
+    ("FPN.fpn_ResNet50_conv5_body", 1, None): "resnet50",
+    ("FPN.fpn_ResNet101_conv5_body", 1, None): "resnet101",
+    ("FPN.fpn_ResNet152_conv5_body", 1, None): "resnet152",
+    ("FPN.fpn_ResNet101_conv5_body", 32, 8): "resnext101_32x8d",
+    ("FPN.fpn_ResNet101_conv5_body", 64, 4): "resnext101_64x4d",
+}
+# Where RetinaNet's scores come from: ours, torchvision's.
+SCORE_CONVS = ("RetinaNet_Outs.cls_", "head.classification_head")
 # What a residual branch is multiplied by in a trained network, about: without it the activations of
 # random weights double in every block.
 BRANCH_SCALE = 0.2
@@ -171,6 +181,12 @@ def random_model() -> nn.Module:
     return model
 
 
+def detects_by_itself() -> bool:
+    """Whether the config's model makes detections, on no proposals but its own."""
+    own = cfg.MODEL.FASTER_RCNN or cfg.RETINANET.RETINANET_ON
+    return own and not cfg.MODEL.RPN_ONLY
+
+
 def torchvision_model(short: int, longest: int) -> nn.Module | None:
     """torchvision's model of the config's kind, as it comes with pretrained weights: frozen batch
     norm, stem and first stage frozen. None: it has no such model.
@@ -179,31 +195,41 @@ def torchvision_model(short: int, longest: int) -> nn.Module | None:
 
     `weights=None` alone would give it batch norm to train, more work than this project's model.
     """
-    if cfg.MODEL.CONV_BODY != "FPN.fpn_ResNet50_conv5_body" or cfg.MODEL.RPN_ONLY:
+    resnets = cfg.RESNETS
+    groups, width = resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP
+    body = cfg.MODEL.CONV_BODY, groups, width if groups > 1 else None
+    if body not in BACKBONES or resnets.USE_GN or cfg.FPN.USE_GN or not detects_by_itself():
         return None
-    backbone = {"backbone_name": "resnet50", "weights": None, "trainable_layers": 3}
+    backbone = {"backbone_name": BACKBONES[body], "weights": None, "trainable_layers": 3}
     backbone["norm_layer"] = FrozenBatchNorm2d
     classes = cfg.MODEL.NUM_CLASSES
     sizes = {"min_size": short, "max_size": longest}
     if cfg.RETINANET.RETINANET_ON:
-        extra = LastLevelP6P7(256, 256)
+        # P6 is made of the last stage, as here; its predictors have no channel for a background.
         body = tv.backbone_utils.resnet_fpn_backbone(
-            **backbone, returned_layers=[2, 3, 4], extra_blocks=extra
+            **backbone, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(2048, 256)
         )
-        model = tv.RetinaNet(body, classes, **sizes)
+        model = tv.RetinaNet(
+            body,
+            classes - 1,
+            **sizes,
+            detections_per_img=cfg.TEST.DETECTIONS_PER_IM,
+            topk_candidates=cfg.RETINANET.PRE_NMS_TOP_N,
+        )
     else:
         body = tv.backbone_utils.resnet_fpn_backbone(**backbone)
-        kind = tv.FasterRCNN
+        kind, points = tv.FasterRCNN, {}
         if cfg.MODEL.MASK_ON:
             kind = tv.MaskRCNN
         elif cfg.MODEL.KEYPOINTS_ON:
-            kind = tv.KeypointRCNN
+            kind, points = tv.KeypointRCNN, {"num_keypoints": cfg.KRCNN.NUM_KEYPOINTS}
         model = kind(
             body,
             classes,
             **sizes,
             box_batch_size_per_image=cfg.TRAIN.BATCH_SIZE_PER_IM,
             box_detections_per_img=cfg.TEST.DETECTIONS_PER_IM,
+            **points,
         )
     _calm(model.backbone)
     if cfg.MODEL.MASK_ON:
@@ -212,6 +238,14 @@ def torchvision_model(short: int, longest: int) -> nn.Module | None:
             lambda _, __, out: out if model.training else out * 0.1 + logits.to(out)
         )
     return model
+
+
+def spread_scores(model: nn.Module) -> None:
+    """Let the scores of an untrained RetinaNet, this project's or torchvision's, differ as much as
+    those of a trained one do; they all are its prior at first."""
+    for name, tensor in model.named_parameters():
+        if tensor.dim() == 4 and name.startswith(SCORE_CONVS):
+            nn.init.kaiming_normal_(tensor, nonlinearity="relu")
 
 
 def _calm(backbone: nn.Module) -> None:
@@ -229,27 +263,43 @@ def _disc(side: int) -> Tensor:
 
 @torch.inference_mode()
 def calibrate(model: nn.Module, batches: Sequence[Batch], device: torch.device, amp: str) -> None:
-    """Set TEST.SCORE_THRESH so that TEST.DETECTIONS_PER_IM detections are kept in an image.
+    """Set TEST.SCORE_THRESH (RetinaNet: RETINANET.INFERENCE_TH) so that TEST.DETECTIONS_PER_IM
+    detections are kept in an image.
 
     batches: images (H, W, 3) uint8, and the same packed. Raises UserError if too little is found.
     """
     cfg.freeze(False)
-    cfg.TEST.SCORE_THRESH = 0.0
+    _set_threshold(0.0)
     number = sum(len(images) for images, _ in batches)
     scores = []
     for images, _ in batches:
         with precision(device, amp):
-            outputs, _ = box_outputs(model, ImageBatch(images, device))
-        scores.append(candidates(outputs)[1].cpu())
+            scores.append(_scores(model, ImageBatch(images, device)).cpu())
 
     def kept_at(threshold: float) -> float:
-        cfg.TEST.SCORE_THRESH = threshold
+        _set_threshold(threshold)
         with precision(device, amp):
             found = [d for images, _ in batches for d in detect_batch(model, images)]
         return np.mean([min(len(d.scores), cfg.TEST.DETECTIONS_PER_IM) for d in found])
 
     choose_threshold(torch.cat(scores), number, kept_at)
     cfg.freeze()
+
+
+def _set_threshold(threshold: float) -> None:
+    if cfg.RETINANET.RETINANET_ON:
+        cfg.RETINANET.INFERENCE_TH = threshold
+    else:
+        cfg.TEST.SCORE_THRESH = threshold
+
+
+def _scores(model: nn.Module, images: ImageBatch) -> Tensor:
+    """(K,) of all that may become a detection."""
+    if not cfg.RETINANET.RETINANET_ON:
+        return candidates(box_outputs(model, images)[0])[1]
+    (shown,) = images.show([plain_view()])
+    scores = model(shown.data, shown.im_info)["scores"]
+    return scores[scores >= 0]
 
 
 def choose_threshold(scores: Tensor, images: int, kept_at: Callable[[float], float]) -> None:
@@ -294,6 +344,14 @@ def peak_gib(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**30
 
 
+def reserved_gib(device: torch.device) -> float | None:
+    """Device memory that the process has held for tensors since `fresh_memory`, the pools of
+    recorded CUDA graphs among it; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_reserved(device) / 2**30
+
+
 @dataclass
 class Rate:
     """One measured case of one implementation."""
@@ -302,7 +360,8 @@ class Rate:
     precision: str
     batch_size: int
     timing: Timing  # of a batch
-    peak_gib: float | None
+    peak_gib: float | None  # of tensors
+    reserved_gib: float | None  # with what recorded CUDA graphs hold back
     notes: dict[str, float]  # what was counted, means an image
     floor_ms: float | None = None  # its multiplications at the device's best rate
 
@@ -318,7 +377,7 @@ class Rate:
 def format_rates(rates: Sequence[Rate]) -> str:
     """A table; the last number says how many times as fast the case is as the fastest peer at its
     batch size."""
-    head = ["batch", "who", "precision", "ms", "(10%-90%)", "img/s", "GiB", "floor ms"]
+    head = ["batch", "who", "precision", "ms", "(10%-90%)", "img/s", "GiB", "held GiB", "floor ms"]
     head += ["x peer", "an image"]
     lines = [head]
     for rate in rates:
@@ -333,8 +392,9 @@ def format_rates(rates: Sequence[Rate]) -> str:
                 f"{t.median:.2f}",
                 f"({t.low:.2f}-{t.high:.2f})",
                 f"{rate.images_per_second:.2f}",
-                "" if rate.peak_gib is None else f"{rate.peak_gib:.2f}",
-                "" if rate.floor_ms is None else f"{rate.floor_ms:.2f}",
+                _number(rate.peak_gib),
+                _number(rate.reserved_gib),
+                _number(rate.floor_ms),
                 "" if best is None else f"{rate.images_per_second / best:.2f}",
                 ", ".join(f"{what} {value:.0f}" for what, value in rate.notes.items()),
             ]
@@ -345,8 +405,12 @@ def format_rates(rates: Sequence[Rate]) -> str:
     return "\n".join(text)
 
 
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
 def _align(column: int, cell: str, width: int) -> str:
-    return cell.ljust(width) if column in (1, 2, 9) else cell.rjust(width)
+    return cell.ljust(width) if column in (1, 2, 10) else cell.rjust(width)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -33,6 +33,7 @@ from core.benchmark_models import (
     peak_gib,
     pinned,
     random_model,
+    reserved_gib,
     torchvision_model,
 )
 from core.config import cfg
@@ -82,7 +83,7 @@ class OwnTrainer:
         settings = TrainSettings(
             count + 1, disp_interval=count + 2, amp=self._amp, cuda_graphs=cuda_graphs
         )
-        train(
+        signal = train(
             self._parallel,
             self._optimizer,
             self._loader,
@@ -90,6 +91,8 @@ class OwnTrainer:
             settings,
             TrainingStats(count + 1, quiet=True),  # raises if a loss is not finite
         )
+        if signal:
+            raise SystemExit(128 + signal)
         return clock.milliseconds()[warm_up:]
 
     def gradients(self) -> list[Tensor]:
@@ -109,7 +112,10 @@ class OwnTrainer:
         return found
 
     def counts(self) -> dict[str, float]:
-        """Train a step or two; RoIs and foreground RoIs, means an image."""
+        """Train a step or two; RoIs and foreground RoIs (RetinaNet: foreground anchors), means an
+        image."""
+        if cfg.RETINANET.RETINANET_ON:
+            return self._anchor_counts()
         original, found = model_builder.sample_rois, []
 
         def watch(*args: Any, **kwargs: Any) -> Any:
@@ -122,11 +128,27 @@ class OwnTrainer:
         finally:
             model_builder.sample_rois = original
         images = sum(len(sampled.valid) for sampled in found)
-        if not images:
+        if not images:  # an RPN alone
             return {}
         rois = sum(int(sampled.valid.sum()) for sampled in found)
         foreground = sum(int(sampled.foreground.sum()) for sampled in found)
         return {"RoIs": rois / images, "foreground": foreground / images}
+
+    def _anchor_counts(self) -> dict[str, float]:
+        outs, labels = self.model.RetinaNet_Outs, []
+        original = outs.losses
+
+        def watch(logits: list[Tensor], deltas: list[Tensor], targets: Any) -> Any:
+            labels.append(targets.labels)
+            return original(logits, deltas, targets)
+
+        outs.losses = watch
+        try:
+            self.steps(1)
+        finally:
+            del outs.losses
+        counts = [int(count) for batch in labels for count in (batch > 0).sum(dim=1)]
+        return {"foreground anchors": statistics.mean(counts)}
 
 
 class TorchvisionTrainer:
@@ -161,8 +183,8 @@ class TorchvisionTrainer:
         return clock.milliseconds()[warm_up:]
 
     def counts(self) -> dict[str, float]:
-        if not hasattr(self.model, "roi_heads"):
-            return {}
+        if cfg.RETINANET.RETINANET_ON:
+            return self._anchor_counts()
         heads, found = self.model.roi_heads, []
         original = heads.select_training_samples
 
@@ -180,6 +202,20 @@ class TorchvisionTrainer:
             "RoIs": statistics.mean(len(label) for label in labels),
             "foreground": statistics.mean(int((label > 0).sum()) for label in labels),
         }
+
+    def _anchor_counts(self) -> dict[str, float]:
+        original, found = self.model.head.compute_loss, []
+
+        def watch(*args: Any) -> Any:
+            found.extend(args[-1])  # the objects that the anchors of an image are matched to
+            return original(*args)
+
+        self.model.head.compute_loss = watch
+        try:
+            self._step(0)
+        finally:
+            del self.model.head.compute_loss
+        return {"foreground anchors": statistics.mean(int((m >= 0).sum()) for m in found)}
 
     def _step(self, step: int) -> Tensor:
         images, targets, self._near = move_to(self._batches[step % len(self._batches)], self.device)
@@ -236,13 +272,14 @@ def _packed(scenes: Sequence[Scene], options: MinibatchOptions) -> dict[str, Any
 def _torchvision_batch(scenes: Sequence[Scene]) -> list:
     """uint8 RGB images (3, H, W), targets, and boxes near the objects in the network's pixels."""
     images, targets, near = [], [], []
+    first_class = int(cfg.RETINANET.RETINANET_ON)  # 0 is the background everywhere else
     for scene in scenes:
         height, width = scene.image.shape[:2]
         scale = blob_utils.get_target_scale(height, width, cfg.TRAIN.SCALES[0], cfg.TRAIN.MAX_SIZE)
         images.append(torch.from_numpy(scene.image[..., ::-1].transpose(2, 0, 1).copy()))
         target = {
             "boxes": torch.from_numpy(scene.entry["boxes"]),
-            "labels": torch.from_numpy(scene.entry["gt_classes"]).long(),
+            "labels": torch.from_numpy(scene.entry["gt_classes"]).long() - first_class,
         }
         if cfg.MODEL.MASK_ON:
             target["masks"] = torch.from_numpy(scene.masks)
@@ -308,9 +345,8 @@ def train_rates(device: torch.device, cases: TrainCases) -> Iterator[Rate]:
                 counts = trainer.counts()
                 times = trainer.steps(cases.steps, WARM_UP)
                 title = PRECISIONS[amp] + " compiled" * cases.compiled
-                yield Rate(
-                    name, title, batch_size, timing_of(times), peak_gib(device), counts, 1e3 * floor
-                )
+                memory = peak_gib(device), reserved_gib(device)
+                yield Rate(name, title, batch_size, timing_of(times), *memory, counts, 1e3 * floor)
                 del trainer
 
 

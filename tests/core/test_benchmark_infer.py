@@ -35,6 +35,16 @@ def test_the_script_measures_inference_beside_torchvision(cfg, tmp_path, monkeyp
     assert "not pasted" in capsys.readouterr().out
 
 
+def test_retinanet_keeps_as_many_detections_as_torchvisions(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_commands, "CPU_BATCHES", 1)
+    flags = ["--batches", 1, "--rounds", 2, "--output", tmp_path / "x.json"]
+    assert not run("retinanet_R-50-FPN_1x.yaml", *flags)
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["ours", "torchvision"]
+    for row in rows:
+        assert row["notes"]["detections"] == pytest.approx(5, abs=0.5)
+
+
 def test_a_model_that_detects_nothing_is_refused(cfg, capsys):
     assert run("rpn_R-50-FPN_1x.yaml") == 2
-    assert "not a model of two stages" in capsys.readouterr().err
+    assert "not a model that makes detections by itself" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_the_script_measures_steps_beside_torchvision(cfg, tmp_path, capsys):
 
 
 def test_a_model_that_torchvision_has_not_is_measured_alone(cfg, tmp_path):
-    rows = run(tmp_path, "e2e_faster_rcnn_R-101-FPN_1x.yaml")["rows"]
+    rows = run(tmp_path, "e2e_faster_rcnn_R-50-C4_1x.yaml")["rows"]
     assert [row["name"] for row in rows] == ["ours"]
     assert rows[0]["floor_ms"] > 0
 
@@ -60,6 +60,23 @@ def test_batches_suit_torchvisions_other_models(cfg, kind):
     batches = benchmark_train.draw_scenes(1)
     trainer = benchmark_train.TorchvisionTrainer(batches, torch.device("cpu"), "off", False)
     assert len(trainer.steps(1)) == 1
+
+
+def test_the_anchors_that_retinanet_learns_from_are_counted(cfg, tmp_path):
+    ours, peer = run(tmp_path, "retinanet_R-50-FPN_1x.yaml")["rows"]
+    for row in (ours, peer):
+        assert 1 <= row["notes"]["foreground anchors"] < 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage_3"),
+    [("e2e_mask_rcnn_X-101-32x8d-FPN_1x", 23), ("e2e_faster_rcnn_R-101-FPN_1x", 23)],
+)
+def test_torchvision_has_the_other_backbones(cfg, kind, stage_3):
+    benchmark_models.configure(BASELINES / f"{kind}.yaml", [])
+    layers = benchmark_models.torchvision_model(96, 160).backbone.body["layer3"]
+    assert len(layers) == stage_3
+    assert layers[0].conv2.groups == cfg.RESNETS.NUM_GROUPS
 
 
 def test_boxes_near_the_objects_are_foreground():
