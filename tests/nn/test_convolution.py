@@ -183,3 +183,27 @@ def test_cuda_graphs_capture_forward_and_backward(cfg):
     torch.testing.assert_close(out, expected)
     for got, wanted in zip(captured, gradients, strict=True):
         assert relative_difference(got, wanted) < 0.01
+
+
+def hooks_are_called(device: str) -> None:
+    conv, norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), filled(mynn.AffineChannel2d(8))
+    conv, norm = conv.to(device), norm.to(device)
+    x = torch.randn(2, 8, 6, 5, device=device, requires_grad=True)
+    expected = mynn.conv_norm(conv, norm, x, relu=True, residual=x)
+    seen = []
+    for module in (conv, norm):
+        module.register_forward_hook(lambda module, _, out: seen.append((module, out.sum())))
+        module.register_full_backward_hook(lambda module, *_: seen.append((module, None)))
+    out = mynn.conv_norm(conv, norm, x, relu=True, residual=x)
+    out.sum().backward()
+    assert [module for module, _ in seen] == [conv, norm, norm, conv]
+    assert relative_difference(out.detach(), expected.detach()) < 5e-3
+
+
+def test_hooks_of_a_convolution_and_its_norm_are_called():
+    hooks_are_called("cpu")
+
+
+@pytest.mark.gpu
+def test_hooks_are_called_on_a_gpu():
+    hooks_are_called("cuda")
