@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,12 @@ from utils.cuda_graphs import CudaGraphs
 CANDIDATES = 4096
 TOO_MANY = -1
 
-_graphs: weakref.WeakKeyDictionary[nn.Module, CudaGraphs] = weakref.WeakKeyDictionary()
+# Where a model's tensors and parts are kept: the dictionary, the name in it, the id found there.
+Places = list[tuple[dict[str, Any], str, int]]
+
+_graphs: weakref.WeakKeyDictionary[nn.Module, tuple[CudaGraphs, Places]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class Slots(NamedTuple):
@@ -111,10 +116,23 @@ def queue_in_slots(
 
 
 def graphs_of(net: nn.Module) -> CudaGraphs:
-    """The recordings of a model's calls."""
-    if net not in _graphs:
-        _graphs[net] = CudaGraphs([*net.parameters(), *net.buffers()])
-    return _graphs[net]
+    """The recordings of a model's calls; new ones once a tensor or a part of it was replaced."""
+    graphs, places = _graphs.get(net, (None, []))
+    if graphs is None or any(id(d.get(name)) != number for d, name, number in places):
+        # The recordings keep the tensors, so that no other gets the id of one of them.
+        graphs = CudaGraphs([*net.parameters(), *net.buffers()])
+        _graphs[net] = graphs, _places(net)
+    return graphs
+
+
+def _places(net: nn.Module) -> Places:
+    # Without references to modules: one that refers to `net` would keep it for ever.
+    return [
+        (place, name, id(value))
+        for module in net.modules()
+        for place in (module._parameters, module._buffers, module._modules)
+        for name, value in place.items()
+    ]
 
 
 def forget_graphs(net: nn.Module) -> None:

@@ -238,3 +238,44 @@ def test_what_overflows_is_done_again(images, shared, cfg, monkeypatch):
     for _ in range(3):
         assert in_slots(model, images) is None
         assert [len(one.scores) for one in detect_batch(model, images)] == [100, 100]
+
+
+def test_recordings_are_not_kept_for_replaced_weights():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3))
+    graphs = test_slots.graphs_of(net)
+    with torch.no_grad():
+        net[0].weight.mul_(2)  # in place: recordings read it
+    net.load_state_dict(copy.deepcopy(net.state_dict()))
+    assert test_slots.graphs_of(net) is graphs
+
+    def replace_weight():
+        net[0].weight = torch.nn.Parameter(net[0].weight.detach().clone())
+
+    def replace_all():
+        net.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
+
+    def replace_buffer():
+        net[1].running_mean = net[1].running_mean.clone()
+
+    def replace_part():
+        net[1] = torch.nn.BatchNorm2d(3)
+
+    for replace in (replace_weight, replace_all, replace_buffer, replace_part):
+        before = test_slots.graphs_of(net)
+        replace()
+        assert test_slots.graphs_of(net) is not before
+        assert test_slots.graphs_of(net) is test_slots.graphs_of(net)
+
+
+@pytest.mark.gpu
+def test_replaced_weights_are_recorded_anew(images, shared, cfg):
+    model = golden_model("tiny_mask_FPN", shared).cuda()
+    for _ in range(3):
+        in_slots(model, images)
+    bias = model.Box_Outs.cls_score.bias
+    changed = bias.detach().clone()
+    changed[1] += 2
+    model.Box_Outs.cls_score.bias = torch.nn.Parameter(changed)
+    expected = in_slots(model, images)  # as it stands
+    for _ in range(2):  # recorded, replayed
+        assert_equal(in_slots(model, images), expected)
