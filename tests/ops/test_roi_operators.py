@@ -279,6 +279,48 @@ def test_cuda_agrees_with_the_cpu(name, layout, dtype, channels, deterministic):
 @pytest.mark.gpu
 @pools
 @layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size, channels, rows", [(7, 294, 300), (6, 36, 2), (20, 400, 9)])
+def test_cuda_agrees_however_the_work_is_shared_out(name, layout, dtype, size, channels, rows):
+    # a block has threads for 5, for 7 and for less than 1 channel; many blocks an RoI where few are
+    def pool(features, rois, levels, scales):
+        if name == "ps_roi_pool":
+            return ps_roi_pool(features, rois, size, scales, levels)
+        if name == "roi_pool":
+            return roi_pool(features, rois, size, scales, levels)
+        return roi_crop(features, rois, size, scales, levels, max_pool=name == "roi_crop_max")
+
+    # whole numbers, many of them equal: sums are exact, and ties show which comes first
+    g = torch.Generator().manual_seed(4)
+    features = [torch.randint(-3, 4, f.shape, generator=g).to(f) for f in pyramid(channels)]
+    features = [f.to(dtype).contiguous(memory_format=LAYOUTS[layout]) for f in features]
+    rois, levels = random_rois(rows, extent=150.0), random_levels(rows)
+    shape = (rows, channels // size**2 if name == "ps_roi_pool" else channels, size, size)
+    weight = torch.randint(-3, 4, shape, generator=g).to(dtype)
+    expected, expected_grads = pool_and_differentiate(pool, features, rois, levels, SCALES, weight)
+    problem = on_cuda(features, rois, levels, weight)
+    out, grads = pool_and_differentiate(pool, *problem[:3], SCALES, problem[3])
+    torch.testing.assert_close(out.cpu(), expected)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        if name == "roi_pool":
+            assert torch.equal(grad.cpu(), wanted)
+        torch.testing.assert_close(grad.cpu(), wanted, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.gpu
+@layouts
+def test_cuda_sums_the_gradients_of_cells_with_one_largest_value(layout):
+    # cells smaller than a pixel: runs of equal indices, within a row of cells and across rows
+    feature = torch.randn(1, 70, 9, 9, generator=torch.Generator().manual_seed(0))
+    feature = feature.contiguous(memory_format=LAYOUTS[layout]).cuda().requires_grad_()
+    roi_pool(feature, torch.tensor([[0, 2, 2, 3, 3.0]], device="cuda"), 40, 1.0).sum().backward()
+    assert (feature.grad[:, :, 2:4, 2:4].sum((2, 3)) == 1600).all()
+    assert feature.grad.sum() == 70 * 1600
+
+
+@pytest.mark.gpu
+@pools
+@layouts
 def test_cuda_deterministic_gradient_repeats_bit_for_bit(name, layout):
     features, rois, levels = pyramid(36, layout=layout), random_rois(3000), random_levels(3000)
     weight = random_weight(name, 3000, 36)
