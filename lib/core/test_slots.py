@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +36,8 @@ from utils.cuda_graphs import CudaGraphs
 CANDIDATES = 4096
 TOO_MANY = -1
 
-# Where a model's tensors and parts are kept: the dictionary, the name in it, the id found there.
-Places = list[tuple[dict[str, Any], str, int]]
+# The dictionaries that hold a model's tensors and parts, and the ids of all that is in them.
+Places = tuple[list[dict[str, Any]], list[int]]
 
 _graphs: weakref.WeakKeyDictionary[nn.Module, tuple[CudaGraphs, Places]] = (
     weakref.WeakKeyDictionary()
@@ -117,8 +118,8 @@ def queue_in_slots(
 
 def graphs_of(net: nn.Module) -> CudaGraphs:
     """The recordings of a model's calls; new ones once a tensor or a part of it was replaced."""
-    graphs, places = _graphs.get(net, (None, []))
-    if graphs is None or any(id(d.get(name)) != number for d, name, number in places):
+    graphs, (places, ids) = _graphs.get(net, (None, ([], [])))
+    if graphs is None or _ids(places) != ids:
         # The recordings keep the tensors, so that no other gets the id of one of them.
         graphs = CudaGraphs([*net.parameters(), *net.buffers()])
         _graphs[net] = graphs, _places(net)
@@ -126,13 +127,17 @@ def graphs_of(net: nn.Module) -> CudaGraphs:
 
 
 def _places(net: nn.Module) -> Places:
-    # Without references to modules: one that refers to `net` would keep it for ever.
-    return [
-        (place, name, id(value))
+    places = [
+        place
         for module in net.modules()
         for place in (module._parameters, module._buffers, module._modules)
-        for name, value in place.items()
+        if place
     ]
+    return places, _ids(places)
+
+
+def _ids(places: list[dict[str, Any]]) -> list[int]:
+    return [*map(id, chain.from_iterable(map(dict.values, places)))]
 
 
 def forget_graphs(net: nn.Module) -> None:
