@@ -1,4 +1,4 @@
-"""COCO's metrics of a list of results: by pycocotools, or the same numbers by a faster library.
+"""COCO's metrics of a list of results: by pycocotools, or the same numbers faster.
 
 Results are COCO's: dicts of image_id, category_id, score and bbox, segmentation (RLE) or keypoints.
 """
@@ -12,15 +12,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.cocoeval import COCOeval, Params
 
 from core.errors import UserError
-from datasets import coco_by_class
+from datasets.coco_matching import Found, Matches, Objects, accumulate, match
+from datasets.forked_pool import in_processes
 from utils.device import available_cpus
 from utils.keypoints import PERSON_KEYPOINTS
 
-MOST_PROCESSES = 8  # more would wait for the largest class, of COCO more than a quarter
+MOST_PROCESSES = 8  # more would take longer to start than they save
+RESULTS_OF_A_PROCESS = 20000  # below, a process takes longer to start than to score
+IMAGES_AT_ONCE = 500  # they bound the memory that matching takes
+_MASKS_AT_ONCE = 200  # pycocotools' mask.area takes 255 at most
 
 
 def evaluate(
@@ -36,7 +41,7 @@ def evaluate(
 
     Args:
         coco: the ground truth; kind: 'bbox', 'segm' or 'keypoints'; image_ids: what to score.
-        evaluator: 'pycocotools', or 'fast': faster_coco_eval, equal to it in all numbers.
+        evaluator: 'pycocotools', or 'fast': this project's, equal to it in all numbers.
         sigmas: (K,) spread of each keypoint; None for COCO's 17 of persons.
         processes: that 'fast' takes at most; None: one for each CPU.
 
@@ -44,17 +49,35 @@ def evaluate(
         pycocotools' object, accumulated: `eval['precision']`, `eval['recall']`, `eval['scores']`,
         ready for summarize(). The fast one leaves its `evalImgs` and `ious` empty.
     """
+    if evaluator == "fast":
+        scored = unscored(coco, kind, image_ids, sigmas)
+        return complete(scored, _match_results(scored, results, kind, processes))
     truth = ground_truth(coco, image_ids, kind)
-    rest = (truth, results, kind, sorted(image_ids), sigmas)
     with contextlib.redirect_stdout(io.StringIO()):
-        if evaluator == "fast":
-            return _by_library(*rest, processes or default_processes())
-        return _by_pycocotools(*rest)
+        return _by_pycocotools(truth, results, kind, sorted(image_ids), sigmas)
 
 
 def default_processes() -> int:
     """How many 'fast' takes where enough is to be scored."""
     return min(available_cpus(), MOST_PROCESSES)
+
+
+def unscored(
+    coco: COCO, kind: str, image_ids: Sequence, sigmas: np.ndarray | None = None
+) -> COCOeval:
+    """pycocotools' object for these images, for `complete` to fill. Arguments as of `evaluate`."""
+    truth = ground_truth(coco, image_ids, kind)
+    with contextlib.redirect_stdout(io.StringIO()):
+        # What others read and unpickle is pycocotools' object, whoever filled it.
+        return _make(truth, _without_annotations(truth), kind, sorted(image_ids), sigmas)
+
+
+def complete(scored: COCOeval, parts: Sequence[Matches]) -> COCOeval:
+    """Fill the object with the numbers of all its images, each matched in one of the parts."""
+    found = accumulate(parts, scored.params)
+    params = copy.copy(scored.params)
+    scored.eval = {"params": params, "counts": list(found["precision"].shape), **found}
+    return scored
 
 
 def ground_truth(coco: COCO, image_ids: Sequence, kind: str) -> COCO:
@@ -113,6 +136,96 @@ def keypoint_sigmas(coco: COCO) -> np.ndarray | None:
     return None
 
 
+def objects_of(coco: COCO, positions: Sequence[int], kind: str, params: Params) -> Objects:
+    """The objects of the classes to be scored in the images at these positions of
+    params.imgIds."""
+    number_of = {category: k for k, category in enumerate(params.catIds)}
+    annotations, images = [], []
+    for position in positions:
+        for annotation in coco.imgToAnns.get(params.imgIds[position], ()):
+            if annotation["category_id"] in number_of:
+                annotations.append(annotation)
+                images.append(position)
+    crowd = np.array([annotation.get("iscrowd", 0) for annotation in annotations], dtype=bool)
+    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+    ignored, shapes = crowd, boxes
+    if kind == "segm":
+        shapes = annotations
+    elif kind == "keypoints":
+        shapes = np.zeros((len(annotations), 3 * len(params.kpt_oks_sigmas)))
+        visible = np.zeros(len(annotations), dtype=np.int64)
+        for i, annotation in enumerate(annotations):
+            points = annotation.get("keypoints")
+            if points:
+                shapes[i] = points
+            labelled = annotation.get("num_keypoints")
+            visible[i] = np.count_nonzero(shapes[i, 2::3]) if labelled is None else labelled
+        ignored = crowd | (visible == 0)
+    return Objects(
+        image=np.array(images, dtype=np.int64),
+        category=np.array([number_of[a["category_id"]] for a in annotations], dtype=np.int64),
+        area=np.array([a["area"] for a in annotations], dtype=np.float64),
+        shapes=shapes,
+        crowd=crowd,
+        ignored=ignored,
+        boxes=boxes,
+        to_rle=coco.annToRLE,
+    )
+
+
+def areas_of(shapes: np.ndarray | Sequence[dict[str, Any]], kind: str) -> np.ndarray:
+    """(n,) areas that COCO gives to detections of a kind, with shapes as of coco_matching.Found."""
+    if kind == "bbox":
+        return shapes[:, 2] * shapes[:, 3]
+    if kind == "segm":
+        areas = [
+            mask_util.area(shapes[i : i + _MASKS_AT_ONCE])
+            for i in range(0, len(shapes), _MASKS_AT_ONCE)
+        ]
+        return np.concatenate([*areas, ()]).astype(np.float64)
+    sides = [np.ptp(shapes[:, i::3], axis=1) if len(shapes) else np.zeros(0) for i in (0, 1)]
+    return sides[0] * sides[1]
+
+
+def _match_results(
+    scored: COCOeval, results: Sequence[dict], kind: str, processes: int | None
+) -> list[Matches]:
+    """`match` of parts of the images, in as many processes as pay."""
+    params = scored.params
+    position_of = {image_id: i for i, image_id in enumerate(params.imgIds)}
+    number_of = {category: k for k, category in enumerate(params.catIds)}
+    # Results of other images, or of classes that are not scored, are left out.
+    images = np.array([position_of.get(r["image_id"], -1) for r in results], dtype=np.int64)
+    classes = np.array([number_of.get(r["category_id"], -1) for r in results], dtype=np.int64)
+    order = np.argsort(images, kind="stable")
+    order = order[(images[order] >= 0) & (classes[order] >= 0)]
+    processes = min(processes or default_processes(), len(order) // RESULTS_OF_A_PROCESS)
+    count = len(params.imgIds)
+    step = min(IMAGES_AT_ONCE, -(-count // (4 * processes))) if processes > 1 else IMAGES_AT_ONCE
+
+    def matches(begin: int) -> Matches:
+        end = min(begin + step, count)
+        first, last = np.searchsorted(images[order], (begin, end))
+        rows = order[first:last]
+        chosen = [results[i] for i in rows.tolist()]
+        key = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[kind]
+        shapes = [result[key] for result in chosen]
+        if kind != "segm":
+            width = 4 if kind == "bbox" else 3 * len(params.kpt_oks_sigmas)
+            shapes = np.array(shapes, dtype=np.float64).reshape(-1, width)
+        found = Found(
+            image=images[rows],
+            category=classes[rows],
+            area=areas_of(shapes, kind),
+            shapes=shapes,
+            score=np.array([result["score"] for result in chosen], dtype=np.float64),
+        )
+        objects = objects_of(scored.cocoGt, range(begin, end), kind, params)
+        return match(objects, found, kind, params)
+
+    return in_processes(matches, range(0, count, step), processes)
+
+
 def _by_pycocotools(
     truth: COCO, results: Sequence[dict], kind: str, image_ids: Sequence, sigmas: np.ndarray | None
 ) -> COCOeval:
@@ -123,22 +236,6 @@ def _by_pycocotools(
     scored = _make(truth, found, kind, image_ids, sigmas)
     scored.evaluate()
     scored.accumulate()
-    return scored
-
-
-def _by_library(
-    truth: COCO,
-    results: Sequence[dict],
-    kind: str,
-    image_ids: Sequence,
-    sigmas: np.ndarray | None,
-    processes: int,
-) -> COCOeval:
-    # What others read and unpickle is pycocotools' object, whichever library filled it.
-    scored = _make(truth, _without_annotations(truth), kind, image_ids, sigmas)
-    found = coco_by_class.evaluate(truth, results, kind, scored.params, processes)
-    params = copy.copy(scored.params)
-    scored.eval = {"params": params, "counts": list(found["precision"].shape), **found}
     return scored
 
 

@@ -21,8 +21,6 @@ def setup_logging(name: str) -> logging.Logger:
         handler.setFormatter(logging.Formatter(_FORMAT, _DATES))
         root.addHandler(handler)
     root.setLevel(logging.INFO)
-    # Six lines of its timings stand between any two metrics.
-    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
     return logging.getLogger(name)
 
 

@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from core.benchmark_eval import synthesise
 from core.errors import UserError
-from datasets import coco_by_class, coco_scoring, json_dataset_evaluator
+from datasets import coco_scoring, json_dataset_evaluator
 from datasets.dataset_catalog import resolve_dataset
 from datasets.json_dataset import JsonDataset
 
@@ -64,7 +64,7 @@ def test_fast_numbers_are_pycocotools_numbers(shared, cfg, kind):
 
 
 def test_several_processes_have_the_same_numbers(shared, cfg, monkeypatch):
-    monkeypatch.setattr(coco_by_class, "RESULTS_OF_A_PROCESS", 1)
+    monkeypatch.setattr(coco_scoring, "RESULTS_OF_A_PROCESS", 1)
     dataset = real(shared, "segm")
     dataset.image_ids = dataset.image_ids[::10]
     results = synthesise(dataset, np.random.default_rng(0))["segm"]

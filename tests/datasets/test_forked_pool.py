@@ -1,0 +1,53 @@
+"""Forked processes: results in order, tracebacks that arrive, an end with the one that asks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from datasets import forked_pool
+from datasets.forked_pool import in_processes
+
+SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, {lib!r})
+from datasets.forked_pool import in_processes
+
+def work(item):
+    print(os.getpid(), flush=True)
+    time.sleep(1)  # all have begun
+    os.kill(parent, signal.SIGKILL)
+    time.sleep(60)
+
+parent = os.getpid()
+in_processes(work, [1, 2], 2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of the end")
+def test_processes_end_with_the_one_that_is_killed():
+    script = SCRIPT.format(lib=str(Path(forked_pool.__file__).parents[1]))
+    # Their output ends when the last of them does.
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -9 and len(done.stdout.split()) == 2, done.stderr
+    assert time.monotonic() - begin < 50
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_results_come_in_the_order_of_the_items(processes):
+    offset = 10
+    assert in_processes(lambda item: item + offset, range(5), processes) == [10, 11, 12, 13, 14]
+
+
+def test_a_failure_comes_with_its_traceback():
+    def fails_here(item):
+        raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item 0") as caught:
+        in_processes(fails_here, [0, 1], 2)
+    assert "fails_here" in str(caught.value.__cause__)
