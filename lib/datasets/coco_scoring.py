@@ -62,6 +62,16 @@ def default_processes() -> int:
     return min(available_cpus(), MOST_PROCESSES)
 
 
+def processes_that_pay(results: int, most: int | None = None) -> int:
+    """How many processes so many results are worth."""
+    return min(most or default_processes(), results // RESULTS_OF_A_PROCESS)
+
+
+def images_at_once(count: int, processes: int) -> int:
+    """How many of `count` images a process takes at a time: several times, for an even load."""
+    return max(1, min(IMAGES_AT_ONCE, count // (4 * max(processes, 1))))
+
+
 def unscored(
     coco: COCO, kind: str, image_ids: Sequence, sigmas: np.ndarray | None = None
 ) -> COCOeval:
@@ -199,9 +209,9 @@ def _match_results(
     classes = np.array([number_of.get(r["category_id"], -1) for r in results], dtype=np.int64)
     order = np.argsort(images, kind="stable")
     order = order[(images[order] >= 0) & (classes[order] >= 0)]
-    processes = min(processes or default_processes(), len(order) // RESULTS_OF_A_PROCESS)
+    processes = processes_that_pay(len(order), processes)
     count = len(params.imgIds)
-    step = min(IMAGES_AT_ONCE, -(-count // (4 * processes))) if processes > 1 else IMAGES_AT_ONCE
+    step = images_at_once(count, processes)
 
     def matches(begin: int) -> Matches:
         end = min(begin + step, count)

@@ -14,20 +14,29 @@ import json
 import logging
 import pickle
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
-import utils.boxes as box_utils
-import utils.segms as segm_utils
 from core.config import cfg
 from datasets import coco_scoring
+from datasets.coco_results import KindOfResults, Part, image_found, joined_text
+from datasets.forked_pool import in_processes
 from datasets.json_dataset import JsonDataset
 from utils.weights import atomic_write
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a kind of results, and what is to be said about them."""
+
+    stats: np.ndarray | None  # of COCOeval; None: there is nothing to score by
+    messages: list[str]
 
 
 def evaluate_boxes(dataset: JsonDataset, all_boxes: Sequence, output_dir: Path) -> COCOeval | None:
@@ -35,33 +44,22 @@ def evaluate_boxes(dataset: JsonDataset, all_boxes: Sequence, output_dir: Path) 
 
     Returns the COCOeval, None if the data set has no annotations (test sets of a server).
     """
-    return _evaluate(dataset, _box_results(dataset, all_boxes), "bbox", output_dir)
+    return _evaluate(dataset, "bbox", output_dir, all_boxes)
 
 
 def score_boxes(dataset: JsonDataset, all_boxes: Sequence) -> COCOeval:
     """As evaluate_boxes, without writing anything."""
-    return _score(dataset, _box_results(dataset, all_boxes), "bbox")
-
-
-def _box_results(dataset: JsonDataset, all_boxes: Sequence) -> list[dict]:
-    return [
-        {"bbox": box, "score": score, **ids}
-        for boxes, ids in _per_image(dataset, all_boxes)
-        for box, score in _xywh_and_scores(boxes)
-    ]
+    results = kind_of_results(dataset, "bbox", written=not _matched_here())
+    coco_eval = _scored(results, _parts(results, all_boxes))
+    _log(_summary(results, coco_eval))
+    return coco_eval
 
 
 def evaluate_masks(
     dataset: JsonDataset, all_boxes: Sequence, all_segms: Sequence, output_dir: Path
 ) -> COCOeval | None:
     """As evaluate_boxes, for masks: `segmentations_{dataset}_results.json`."""
-    results = []
-    for boxes, segms, ids in _per_image(dataset, all_boxes, all_segms):
-        for score, segm in zip(np.asarray(boxes)[:, -1].tolist(), segms, strict=True):
-            counts = segm_utils.compress_rle(segm)["counts"].decode("ascii")
-            rle = {"size": list(segm["size"]), "counts": counts}
-            results.append({"segmentation": rle, "score": score, **ids})
-    return _evaluate(dataset, results, "segm", output_dir)
+    return _evaluate(dataset, "segm", output_dir, all_boxes, all_segms=all_segms)
 
 
 def evaluate_keypoints(
@@ -72,80 +70,156 @@ def evaluate_keypoints(
     The score is that of KRCNN.KEYPOINT_CONFIDENCE: the box's, or the points' mean logit or
     probability.
     """
-    confidence = cfg.KRCNN.KEYPOINT_CONFIDENCE
-    results = []
-    for boxes, keyps, ids in _per_image(dataset, all_boxes, all_keyps):
-        for box, points in zip(boxes, keyps, strict=True):
-            row = {"bbox": -1, "logit": 2, "prob": 3}[confidence]
-            score = box[-1] if confidence == "bbox" else np.mean(points[row])
-            triples = np.stack((points[0], points[1], np.ones(len(points[0]))), axis=1)
-            flat = triples.reshape(-1).astype(np.float64).tolist()
-            results.append({"keypoints": flat, "score": float(score), **ids})
-    return _evaluate(dataset, results, "keypoints", output_dir)
+    return _evaluate(dataset, "keypoints", output_dir, all_boxes, all_keyps=all_keyps)
 
 
-def _per_image(dataset: JsonDataset, *detections: Sequence) -> Iterator[tuple]:
-    """(detections of one label in one image ..., ids for the result file) where there are any."""
-    for label, category_id in dataset.contiguous_category_id_to_json_id.items():
-        of_label = [kind[label] for kind in detections]
-        for found in zip(*of_label, dataset.image_ids, strict=True):
-            if len(found[0]):
-                yield *found[:-1], {"image_id": found[-1], "category_id": category_id}
+def log_evaluation(evaluation: Evaluation) -> np.ndarray | None:
+    """Say what is to be said; the scores."""
+    _log(evaluation.messages)
+    return evaluation.stats
 
 
-def _xywh_and_scores(boxes: np.ndarray) -> Iterator[tuple[list[float], float]]:
-    dets = np.asarray(boxes, dtype=np.float64)
-    return zip(box_utils.xyxy_to_xywh(dets[:, :4]).tolist(), dets[:, 4].tolist(), strict=True)
-
-
+_TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 _FILE_NAMES = {"bbox": "bbox", "segm": "segmentations", "keypoints": "keypoints"}
 _PICKLE_NAMES = {"bbox": "detection", "segm": "segmentation", "keypoints": "keypoint"}
 
 
 def _evaluate(
-    dataset: JsonDataset, results: list[dict], kind: str, output_dir: Path
+    dataset: JsonDataset,
+    kind: str,
+    output_dir: Path,
+    all_boxes: Sequence,
+    all_segms: Sequence | None = None,
+    all_keyps: Sequence | None = None,
 ) -> COCOeval | None:
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    # Outside competition mode results are scratch: a name of their own, removed after scoring.
-    salt = "" if cfg.TEST.COMPETITION_MODE else f"_{uuid.uuid4()}"
-    path = output_dir / f"{_FILE_NAMES[kind]}_{dataset.name}_results{salt}.json"
-    with atomic_write(path) as file:
-        file.write(json.dumps(results).encode())
-    if not dataset.has_annotations:
-        logger.info("%s has no annotations to score by; results are in %s", dataset.name, path)
-        return None
-    coco_eval = _score(dataset, results, kind)
-    with atomic_write(output_dir / f"{_PICKLE_NAMES[kind]}_results.pkl") as file:
-        pickle.dump(coco_eval, file, pickle.HIGHEST_PROTOCOL)
-    if salt:
-        path.unlink()
-    else:
-        logger.info("Wrote %s", path)
+    results = kind_of_results(dataset, kind)
+    parts = _parts(results, all_boxes, all_segms, all_keyps)
+    messages = write_results(results, parts, output_dir)
+    coco_eval = None
+    if dataset.has_annotations:
+        coco_eval = _scored(results, parts)
+        messages = _summary(results, coco_eval) + messages
+        _pickle(coco_eval, kind, output_dir)
+    _log(messages)
     return coco_eval
 
 
-def _score(dataset: JsonDataset, results: list[dict], kind: str) -> COCOeval:
-    """Score the images of the data set; log COCO's summary and the AP of each class."""
-    sigmas = _sigmas(dataset) if kind == "keypoints" else None
-    coco_eval = coco_scoring.evaluate(
-        dataset.COCO, results, kind, dataset.image_ids, cfg.TEST.COCO_EVALUATOR, sigmas
+def finish_ahead(
+    results: KindOfResults, parts: Sequence[Part], output_dir: Path, step: str
+) -> Evaluation:
+    """What _evaluate does with parts that were matched as they came, in two steps that may go on
+    beside each other: 'score' and 'write'."""
+    if step == "write":
+        return Evaluation(None, write_results(results, parts, output_dir))
+    if results.unscored is None:
+        return Evaluation(None, [])
+    coco_eval = _scored(results, parts)
+    messages = _summary(results, coco_eval)
+    _pickle(coco_eval, results.kind, output_dir)
+    return Evaluation(coco_eval.stats, messages)
+
+
+def kind_of_results(dataset: JsonDataset, kind: str, written: bool | None = None) -> KindOfResults:
+    """How the results of a kind are scored and written as the config asks for it."""
+    unscored = None
+    if dataset.has_annotations and _matched_here():
+        sigmas = coco_scoring.keypoint_sigmas(dataset.COCO) if kind == "keypoints" else None
+        unscored = coco_scoring.unscored(dataset.COCO, kind, dataset.image_ids, sigmas)
+    if written is None:
+        written = unscored is None or cfg.TEST.COMPETITION_MODE
+    return KindOfResults(kind, dataset, unscored, written, cfg.KRCNN.KEYPOINT_CONFIDENCE)
+
+
+def _matched_here() -> bool:
+    return cfg.TEST.COCO_EVALUATOR == "fast"
+
+
+def _parts(
+    results: KindOfResults,
+    all_boxes: Sequence,
+    all_segms: Sequence | None = None,
+    all_keyps: Sequence | None = None,
+) -> list[Part]:
+    """The results of all images, made in as many processes as pay."""
+    count = len(results.dataset.image_ids)
+    for kind in (all_boxes, all_segms, all_keyps):
+        if kind is not None and {len(of_label) for of_label in kind} != {count}:
+            raise ValueError(f"{results.dataset.name} has {count} images, the detections others")
+    found = sum(len(boxes) for of_label in all_boxes for boxes in of_label)
+    processes = coco_scoring.processes_that_pay(found)
+    step = coco_scoring.images_at_once(count, processes)
+
+    def of_image(kind: Sequence | None, position: int) -> list | None:
+        return None if kind is None else [of_label[position] for of_label in kind]
+
+    def part(begin: int) -> Part:
+        return results.part(
+            [
+                image_found(i, *(of_image(kind, i) for kind in (all_boxes, all_segms, all_keyps)))
+                for i in range(begin, min(begin + step, count))
+            ]
+        )
+
+    return in_processes(part, range(0, count, step), processes)
+
+
+def write_results(results: KindOfResults, parts: Sequence[Part], output_dir: Path) -> list[str]:
+    """Write the result file if it is to stay; what there is to say about it.
+
+    Outside competition mode it would only be scratch, but for a data set without annotations.
+    """
+    dataset = results.dataset
+    if dataset.has_annotations and not cfg.TEST.COMPETITION_MODE:
+        return []
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    salt = "" if cfg.TEST.COMPETITION_MODE else f"_{uuid.uuid4()}"
+    path = output_dir / f"{_FILE_NAMES[results.kind]}_{dataset.name}_results{salt}.json"
+    with atomic_write(path) as file:
+        file.writelines(joined_text(parts))
+    if not dataset.has_annotations:
+        return [f"{dataset.name} has no annotations to score by; results are in {path}"]
+    return [f"Wrote {path}"]
+
+
+def _scored(results: KindOfResults, parts: Sequence[Part]) -> COCOeval:
+    dataset, kind = results.dataset, results.kind
+    if results.unscored is not None:
+        return coco_scoring.complete(results.unscored, [part.matches for part in parts])
+    sigmas = coco_scoring.keypoint_sigmas(dataset.COCO) if kind == "keypoints" else None
+    listed = json.loads(b"".join(joined_text(parts)))
+    return coco_scoring.evaluate(
+        dataset.COCO, listed, kind, dataset.image_ids, cfg.TEST.COCO_EVALUATOR, sigmas
     )
+
+
+def _summary(results: KindOfResults, coco_eval: COCOeval) -> list[str]:
+    """COCO's summary and the AP of each class; fills coco_eval.stats."""
+    dataset, task = results.dataset, _TASKS[results.kind]
+    messages = []
+    if results.kind == "keypoints":
+        sigmas = coco_scoring.keypoint_sigmas(dataset.COCO)
+        if sigmas is not None:
+            text = ", ".join(f"{sigma:.3f}" for sigma in sigmas)
+            messages.append(f"{dataset.name}: sigmas of its {len(sigmas)} keypoints: {text}")
     summary = io.StringIO()
     with contextlib.redirect_stdout(summary):
         coco_eval.summarize()
-    task = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}[kind]
-    logger.info("%s, %s:\n%s", dataset.name, task, summary.getvalue().rstrip())
-    logger.info("AP of each class, %s:\n%s", task, class_table(dataset, coco_eval))
-    return coco_eval
+    messages.append(f"{dataset.name}, {task}:\n{summary.getvalue().rstrip()}")
+    messages.append(f"AP of each class, {task}:\n{class_table(dataset, coco_eval)}")
+    return messages
 
 
-def _sigmas(dataset: JsonDataset) -> np.ndarray | None:
-    sigmas = coco_scoring.keypoint_sigmas(dataset.COCO)
-    if sigmas is not None:
-        text = ", ".join(f"{sigma:.3f}" for sigma in sigmas)
-        logger.info("%s: sigmas of its %d keypoints: %s", dataset.name, len(sigmas), text)
-    return sigmas
+def _pickle(coco_eval: COCOeval, kind: str, output_dir: Path) -> None:
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output_dir / f"{_PICKLE_NAMES[kind]}_results.pkl") as file:
+        pickle.dump(coco_eval, file, pickle.HIGHEST_PROTOCOL)
+
+
+def _log(messages: Sequence[str]) -> None:
+    for message in messages:
+        logger.info("%s", message)
 
 
 def class_average_precision(dataset: JsonDataset, coco_eval: COCOeval) -> dict[str, float]:
