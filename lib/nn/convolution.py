@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ops
 from nn.affine import AffineChannel2d
-from nn.group_norm import group_norm
+from nn.group_norm import group_norm, hooked
 
 
 def conv_norm(
@@ -35,18 +35,18 @@ def conv_norm(
     """
     if isinstance(norm, nn.GroupNorm):
         return group_norm(norm, conv(x), relu, residual)
-    hooked = _hooked(conv, norm)
-    if _fused(x) and not hooked:
+    watched = hooked(conv, norm)
+    if _fused(x) and not watched:
         return _conv_act(conv, norm, x, relu, residual)
     if norm is None:
         out = conv(x)
-    elif hooked:
+    elif watched:
         out = norm(conv(x))
     else:
         weight = conv.weight * norm.weight.view(-1, 1, 1, 1)
         geometry = conv.stride, conv.padding, conv.dilation, conv.groups
         out = F.conv2d(x, weight, norm.bias, *geometry)
-    if hooked:  # who has been shown the output may keep it
+    if watched:  # who has been shown the output may keep it
         out = out if residual is None else out + residual
         return F.relu(out) if relu else out
     if residual is not None:
@@ -60,7 +60,7 @@ def conv_norm_lateral(conv: nn.Conv2d, norm: nn.GroupNorm | None, x: Tensor, top
     Args:
         x: (N, C, 2 H, 2 W); top: (N, C_out, H, W).
     """
-    if norm is None and _fused(x) and not _hooked(conv, norm):
+    if norm is None and _fused(x) and not hooked(conv, norm):
         return _conv_act(conv, norm, x, False, top)
     out = conv_norm(conv, norm, x)
     if _fused(x) and out.dtype == top.dtype:
@@ -79,22 +79,6 @@ def conv_stack(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 def _fused(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling()
-
-
-def _hooked(*modules: nn.Module | None) -> bool:
-    """Whether somebody looks at what goes through one of these: it must be called then."""
-    if torch.compiler.is_compiling():
-        return False
-    return any(
-        module is not None
-        and bool(
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        )
-        for module in modules
-    )
 
 
 def _conv_act(

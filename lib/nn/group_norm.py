@@ -14,17 +14,33 @@ def group_norm(
 ) -> Tensor:
     """act(norm(x) + residual), act being ReLU or nothing.
 
-    On CUDA one operator (`ops.group_norm`), which under autocast leaves x in its half type and in
-    its memory format: torch's own runs in float32 there and copies channels_last maps to another
-    layout and back. On the CPU, and for torch.compile and torch.export, the plain expression.
+    One operator (`ops.group_norm`), which under autocast leaves x in its half type and in its
+    memory format: torch's own runs in float32 there, and on CUDA copies channels_last maps to
+    another layout and back. For torch.compile and torch.export, and where the norm has hooks, the
+    plain expression.
 
     Args:
         x: (N, C, H, W); residual: of its shape.
     """
-    if x.is_cuda and not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or hooked(norm)):
         residual = None if residual is None else residual.to(x.dtype)
         return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, relu, residual)
     out = norm(x)
-    if residual is not None:
-        out = out.add_(residual)
-    return F.relu_(out) if relu else out
+    out = out if residual is None else out + residual
+    return F.relu(out) if relu else out
+
+
+def hooked(*modules: nn.Module | None) -> bool:
+    """Whether somebody looks at what goes through one of these: it must be called then."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(
+        module is not None
+        and bool(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        )
+        for module in modules
+    )

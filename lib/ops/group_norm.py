@@ -64,30 +64,3 @@ def _group_norm_backward_fake(grad, x, weight, bias, mean, rstd, out, groups, re
     parameter = weight.new_empty(weight.shape)
     residual = x.new_empty((0,)) if out is None else _like(x)
     return _like(x), parameter, torch.empty_like(parameter), residual
-
-
-def _setup(ctx, inputs, output) -> None:
-    x, weight, bias, residual, groups, _, relu = inputs
-    y, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    # Without a residual the kernels find the ReLU's mask from x, which they read anyway.
-    out = y if relu and residual is not None else None
-    ctx.save_for_backward(x, weight, bias, mean, rstd, out)
-    ctx.options = (groups, relu)
-    ctx.has_residual = residual is not None
-
-
-def _backward(ctx, grad, *_):
-    *saved, out = ctx.saved_tensors
-    dx, dweight, dbias, dresidual = torch.ops.detectron.group_norm_backward(
-        grad, *saved, out, *ctx.options
-    )
-    if not ctx.has_residual:
-        dresidual = None
-    elif out is None:  # nothing stands between the residual and the result
-        dresidual = grad
-    return dx, dweight, dbias, dresidual, None, None, None
-
-
-torch.library.register_autograd("detectron::group_norm", _backward, setup_context=_setup)
-_roi.refuse_second_derivative("group_norm")
