@@ -38,7 +38,8 @@ def roi_align(
         a batch index or level out of range (negative: a padding row) or a coordinate that is not
         finite gives zeros and no gradient. Samples more than a pixel outside the map count as
         zeros. Inverted RoIs are widened to one feature pixel (`aligned=False`). The gradient is
-        added up in float (double for double) in a fixed order: it repeats bit for bit.
+        added up in float (double for double) in a fixed order: it repeats bit for bit. On the GPU
+        the weights of a bfloat16 gradient are rounded to 17 bits.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit.

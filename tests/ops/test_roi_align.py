@@ -347,6 +347,91 @@ def test_cuda_huge_and_inverted_rois_agree_with_the_cpu():
             )
 
 
+HALF_CASES = {
+    # (images, channels, height, width), RoIs, scale
+    "a RoI over many tiles": ((1, 24, 37, 53), [[0, -400, -300, 900, 800], [0, 0, 0, 52, 36]], 1),
+    "samples at the borders": ((2, 8, 9, 13), [[1, -1, -1, 13, 9], [0, 12, 8, 14, 10]], 1),
+    "inverted": ((1, 8, 20, 20), [[0, 15, 15, 3, 2], [0, 2, 15, 14, 3.5]], 1),
+    "one pixel": ((1, 64, 1, 9), [[0, 0, 0, 8, 8], [0, 3, 0, 4, 1]], 1),
+    "a crowd": ((2, 72, 21, 24), random_rois(1500, extent=60.0).tolist(), 1 / 4),
+    "more RoIs than are listed at a time": (
+        (3, 8, 21, 24),
+        random_rois(6000, 3, 60.0).tolist(),
+        1 / 2,
+    ),
+    "more channels than a warp has": ((1, 520, 13, 9), random_rois(30, 1, 40.0).tolist(), 1 / 4),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", HALF_CASES)
+def test_cuda_half_gradient_agrees_with_the_cpu(dtype, case):
+    shape, rois, scale = HALF_CASES[case]
+    g = torch.Generator().manual_seed(4)
+    feature = torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    rois = torch.tensor(rois, dtype=torch.float32)
+    for size, ratio, aligned in ((7, 2, False), ((3, 14), 0, False), (2, 2, True), (5, 9, True)):
+        size = size if isinstance(size, tuple) else (size, size)
+        weight = torch.randn(len(rois), shape[1], *size, generator=g).to(dtype)
+
+        def pool(features, rois, levels, scales, options=(size, ratio, aligned)):
+            size, ratio, aligned = options
+            return roi_align(features, rois, size, scales, ratio, levels, aligned)
+
+        _, (expected,) = roi_cases.pool_and_differentiate(
+            pool, [feature.float()], rois, None, [scale], weight
+        )
+        _, (grad,) = roi_cases.pool_and_differentiate(
+            pool, [feature.cuda()], rois.cuda(), None, [scale], weight.cuda()
+        )
+        assert grad.is_contiguous(memory_format=torch.channels_last)
+        # weights are kept to 2**-17 in bfloat16
+        atol = 1e-5 * max(1.0, expected.abs().max().item())
+        rtol = 1.6e-2 if dtype == torch.bfloat16 else 1e-3
+        torch.testing.assert_close(grad.cpu(), expected.to(dtype), atol=atol, rtol=rtol)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cuda_values_that_are_not_finite_reach_only_the_pixels_of_their_cells(dtype):
+    features, scales = pyramid(72, dtype, "channels_last"), SCALES
+    rois, levels = random_rois(40), torch.randint(0, 4, (40,))
+    weight = torch.randn(40, 72, 7, 7).to(dtype)
+    weight[3, 5, 2, 2] = weight[11, 3] = math.inf
+    weight[9, :, 6, 6] = weight[12, 3] = -math.inf
+    weight[7, 70, 0, 0] = math.nan
+    _, expected = pool_and_differentiate(features, rois, levels, scales, 2, weight)
+    maps, rois, levels = on_cuda(features, rois, levels)
+    _, grads = pool_and_differentiate(maps, rois, levels, scales, 2, weight.cuda())
+    assert not all(grad.isfinite().all() for grad in expected)
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad.cpu(), wanted, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [7, 14])
+def test_cuda_half_gradient_at_full_size_is_the_float_gradient(size):
+    g = torch.Generator("cuda").manual_seed(5)
+    shapes = [(3, 256, 200 >> k, 304 >> k) for k in range(4)]
+    rois = torch.cat([random_rois(900, 3, 500.0), random_rois(900, 3, 90.0)]).cuda()
+    levels = torch.randint(0, 4, (len(rois),), device="cuda", generator=g)
+    weight = torch.randn(len(rois), 256, size, size, device="cuda", generator=g).bfloat16()
+    grads = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        features = [
+            torch.zeros(shape, dtype=dtype, device="cuda")
+            .contiguous(memory_format=torch.channels_last)
+            .requires_grad_()
+            for shape in shapes
+        ]
+        out = roi_align(features, rois, size, SCALES, 2, levels)
+        grads[dtype] = torch.autograd.grad(out, features, weight.to(dtype))
+    for half, exact in zip(grads[torch.bfloat16], grads[torch.float32], strict=True):
+        atol = 1e-5 * max(1.0, exact.abs().max().item())
+        torch.testing.assert_close(half, exact.bfloat16(), atol=atol, rtol=1.6e-2)
+
+
 @pytest.mark.gpu
 def test_cuda_empty_inputs():
     features, scales = pyramid(), SCALES

@@ -5,9 +5,9 @@
 // columns of cells of those that reach the tile read its rows and columns of pixels (the mean is
 // separable), and adds up the cells' gradients, a warp a row of pixels, in registers. Every pixel is
 // written once, also where it is zero. The pooled gradient is read channels last whatever the maps'
-// layout.
+// layout. Half precision, channels last, is the work of roi_align_products_cuda.cu.
 #include "kernels.h"
-#include "roi_align_device.h"
+#include "roi_align_lists.h"
 
 namespace detectron::kernels {
 namespace {
@@ -15,95 +15,106 @@ namespace {
 constexpr int kWarps = kThreads / 32;
 constexpr int kRows = kWarps, kColumns = 4;  // of pixels, of a tile
 constexpr int kBatch = 16;                   // RoIs weighed at a time
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // ---- listing ------------------------------------------------------------------------------------
 
-template <typename A>
-struct ListedRoi {
-  int64_t roi;
-  A start_h, bin_h, step_h, start_w, bin_w, step_w, weight;  // as in RoiGeometry
-  int grid_h, grid_w;
-  float top, bottom, left, right;  // feature pixels that its samples may read: generous
-};
+constexpr int kListThreads = 1024;
 
-// What lies in the scratch, in this order.
-template <typename A>
-struct Lists {
-  int64_t* counts;  // (levels * images,): RoIs of a map
-  int64_t* begins;  // (levels * images,): where its RoIs begin
-  int64_t* map_of;  // (rois,): -1 for an RoI without gradient
-  ListedRoi<A>* listed;
-};
+int64_t fours(const RoiAlign& p) { return (p.rois + 3) / 4; }
 
 template <typename A>
 Lists<A> lists_in(const RoiAlign& p, int64_t* scratch) {
-  const int64_t maps = p.levels * p.images;
-  int64_t* const map_of = scratch + 2 * maps;
-  return {scratch, scratch + maps, map_of, reinterpret_cast<ListedRoi<A>*>(map_of + p.rois)};
+  const int64_t slots = count_slots(p);
+  auto* const ranges = reinterpret_cast<ListRange*>(scratch);
+  auto* const boxes = reinterpret_cast<PixelBox*>(ranges + p.levels * p.images);
+  auto* const listed = reinterpret_cast<ListedRoi<A>*>(boxes + slots);
+  auto* const map_of = reinterpret_cast<int*>(listed + slots);
+  auto* const marks = reinterpret_cast<unsigned*>(map_of + fours(p) * 4);
+  return {ranges, boxes, listed, map_of, marks, slots};
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) count_rois(RoiAlign p, Lists<Acc<T>> lists) {
-  const int64_t roi = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (roi >= p.rois) return;
-  const Target<T> t = find_target<T>(p, roi);
-  const int64_t level = p.roi_levels ? p.roi_levels[roi] : 0;
-  const int64_t map = t.valid ? level * p.images + t.g.image : -1;
-  lists.map_of[roi] = map;
-  if (map >= 0) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(lists.counts + map), 1ull);
-  }
-}
-
+// Pixels that the samples of an RoI may read on an axis: samples lie in the order of their numbers, or
+// against it where the RoI is inverted.
 template <typename A>
-__device__ __forceinline__ void extent(A start, A size, float* low, float* high) {
-  const A end = start + size;
-  *low = static_cast<float>(start < end ? start : end) - 2.f;
-  *high = static_cast<float>(start < end ? end : start) + 2.f;
+__device__ __forceinline__ PixelRange pixels_read(
+    A start, A bin, A step, int grid, int cells, int size) {
+  const A first = start + A(0.5) * step;
+  const A last = (start + static_cast<A>(cells - 1) * bin) + (static_cast<A>(grid - 1) + A(0.5)) * step;
+  const A low = first < last ? first : last, high = first < last ? last : first;
+  if (grid <= 0 || size <= 0 || !(high >= A(-1)) || !(low <= static_cast<A>(size))) return {0, -1};
+  const A end = static_cast<A>(size - 1);
+  return {
+      low > A(0) ? static_cast<int>(low < end ? low : end) : 0,
+      high < end ? static_cast<int>(high > A(0) ? high : A(0)) + 1 : size - 1};
 }
 
 template <typename T>
-__device__ __forceinline__ ListedRoi<Acc<T>> entry_of(const RoiAlign& p, int64_t roi) {
-  using A = Acc<T>;
-  const RoiGeometry<A> g = find_target<T>(p, roi).g;
-  ListedRoi<A> r{roi,      g.start_h, g.bin_h,  g.step_h, g.start_w,
-                 g.bin_w,  g.step_w,  g.weight, g.grid_h, g.grid_w};
-  extent<A>(g.start_h, g.bin_h * static_cast<A>(p.pooled_h), &r.top, &r.bottom);
-  extent<A>(g.start_w, g.bin_w * static_cast<A>(p.pooled_w), &r.left, &r.right);
-  return r;
-}
-
-// A block a map: its RoIs in their order.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) list_rois(RoiAlign p, Lists<Acc<T>> lists) {
-  __shared__ unsigned long long begin;
-  __shared__ int in_warp[kWarps];
-  const int64_t map = blockIdx.x;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x == 0) begin = 0;
-  __syncthreads();
-  int64_t before = 0;
-  for (int64_t m = threadIdx.x; m < map; m += kThreads) before += lists.counts[m];
-  if (before > 0) atomicAdd(&begin, static_cast<unsigned long long>(before));
-  __syncthreads();
-  int64_t next = static_cast<int64_t>(begin);
-  const int64_t end = next + lists.counts[map];
-  if (threadIdx.x == 0) lists.begins[map] = next;
-  for (int64_t window = 0; window < p.rois && next < end; window += kThreads) {
-    const int64_t roi = window + threadIdx.x;
-    const bool mine = roi < p.rois && lists.map_of[roi] == map;
-    const unsigned lanes = __ballot_sync(kAllLanes, mine);
-    if (lane == 0) in_warp[warp] = __popc(lanes);
-    __syncthreads();
-    int64_t place = next;
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) place += in_warp[w];
-      next += in_warp[w];
-    }
-    if (mine) lists.listed[place + __popc(lanes & ((1u << lane) - 1))] = entry_of<T>(p, roi);
-    __syncthreads();  // in_warp is read
+__global__ void __launch_bounds__(kThreads) map_rois(RoiAlign p, int* map_of, int64_t count) {
+  const int64_t roi = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (roi >= count) return;
+  int64_t map = -1;
+  if (roi < p.rois) {
+    const Target<T> t = find_target<T>(p, roi);
+    if (t.valid) map = t.level * p.images + t.g.image;
   }
+  map_of[roi] = static_cast<int>(map);
+}
+
+template <typename T>
+__device__ __forceinline__ void list_roi(
+    const RoiAlign& p, const Lists<Acc<T>>& lists, int64_t roi, int64_t slot) {
+  using A = Acc<T>;
+  const Target<T> t = find_target<T>(p, roi);
+  const RoiGeometry<A>& g = t.g;
+  lists.listed[slot] = {roi,     g.start_h, g.bin_h,  g.step_h, g.start_w,
+                        g.bin_w, g.step_w,  g.weight, g.grid_h, g.grid_w};
+  lists.boxes[slot] = {
+      pixels_read<A>(g.start_h, g.bin_h, g.step_h, g.grid_h, p.pooled_h, t.height),
+      pixels_read<A>(g.start_w, g.bin_w, g.step_w, g.grid_w, p.pooled_w, t.width)};
+}
+
+// A block a map: its RoIs in their order. A thread looks at four RoIs at a time.
+template <typename T>
+__global__ void __launch_bounds__(kListThreads)
+    list_rois(RoiAlign p, Lists<Acc<T>> lists, int64_t fours) {
+  static_assert(kListThreads == 32 * 32);  // a warp adds up what all warps found
+  __shared__ unsigned long long below;     // RoIs on maps before this one
+  __shared__ int in_warp[2][32];
+  const unsigned map = blockIdx.x;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto* const maps = reinterpret_cast<const int4*>(lists.map_of);
+  if (threadIdx.x == 0) below = 0;
+  __syncthreads();
+  unsigned long long before = 0;
+  for (int64_t i = threadIdx.x; i < fours; i += kListThreads) {
+    const int4 m = maps[i];  // -1 is beyond all maps
+    before += (static_cast<unsigned>(m.x) < map) + (static_cast<unsigned>(m.y) < map) +
+        (static_cast<unsigned>(m.z) < map) + (static_cast<unsigned>(m.w) < map);
+  }
+  if (before > 0) atomicAdd(&below, before);
+  __syncthreads();
+  const int64_t begin = first_slot(map, static_cast<int64_t>(below));
+  int64_t next = begin;
+  int turn = 0;
+  for (int64_t window = 0; window < fours; window += kListThreads, turn ^= 1) {
+    const int64_t i = window + threadIdx.x;
+    const int4 m = i < fours ? maps[i] : make_int4(-1, -1, -1, -1);
+    const int map_of[4] = {m.x, m.y, m.z, m.w};
+    int mine = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) mine += static_cast<unsigned>(map_of[k]) == map;
+    const int through = running_sum(mine, lane);
+    if (lane == 31) in_warp[turn][warp] = through;
+    __syncthreads();  // once a turn: the next one writes the other half
+    const int through_warps = running_sum(in_warp[turn][lane], lane);
+    const int before_warp = __shfl_sync(kAllLanes, through_warps, warp) - in_warp[turn][warp];
+    int64_t slot = next + before_warp + through - mine;
+    next += __shfl_sync(kAllLanes, through_warps, 31);
+    for (int k = 0; k < 4; ++k) {
+      if (static_cast<unsigned>(map_of[k]) == map) list_roi<T>(p, lists, i * 4 + k, slot++);
+    }
+  }
+  if (threadIdx.x == 0) lists.ranges[map] = {begin, next};
 }
 
 // ---- gathering ----------------------------------------------------------------------------------
@@ -139,21 +150,12 @@ struct Weights {
   }
 };
 
-// Sum of the weights with which the samples of cell `cell` read index `i` of an axis of `size` pixels.
+// Sum of the weights with which the samples of cell `cell` read pixel `i` of an axis of `size` pixels.
 template <typename A>
 __device__ __forceinline__ A axis_weight(A start, A bin, A step, int grid, int cell, int i, int size) {
-  const A origin = start + static_cast<A>(cell) * bin;
-  int first, last;
-  sample_range<A>(
-      origin, step, grid, static_cast<A>(i - 1), static_cast<A>(i + 1), &first, &last);
-  A weight = 0;
-  for (int k = first; k < last; ++k) {
-    const auto s = axis_sample<A>(origin + (static_cast<A>(k) + A(0.5)) * step, size);
-    if (!s.inside) continue;
-    if (s.low == i) weight += s.weight_low;
-    if (s.high == i && s.high != s.low) weight += s.weight_high;
-  }
-  return weight;
+  A weight[1] = {};
+  add_weights<A, 1>(start, bin, step, grid, cell, i, size, weight);
+  return weight[0];
 }
 
 __device__ __forceinline__ void widen(Cells* cells, int from, unsigned lanes) {
@@ -218,37 +220,19 @@ __global__ void __launch_bounds__(kThreads, 4)
   __shared__ int in_warp[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-  // The coarsest level comes first: its tiles have the most RoIs.
-  unsigned block = blockIdx.x, tiles = 0, tiles_x = 1;
-  const unsigned stack = static_cast<unsigned>(p.images) * chunks;
-  int level = p.levels;
-  while (level-- > 0) {
-    tiles_x = (p.widths[level] + kColumns - 1) / kColumns;
-    tiles = (p.heights[level] + kRows - 1) / kRows * tiles_x;
-    if (block < tiles * stack) break;
-    block -= tiles * stack;
-  }
-  const unsigned chunk = block % chunks;
-  block /= chunks;
-  const int64_t image = block / tiles;
-  const unsigned tile = block % tiles;
-  const int top = tile / tiles_x * kRows, left = tile % tiles_x * kColumns;
-  const int height = p.heights[level], width = p.widths[level];
-  const int64_t channel = (static_cast<int64_t>(chunk) * 32 + lane) * V;
+  const Tile tile = find_tile<kRows, kColumns>(p, chunks);
+  const int level = tile.level, top = tile.top, left = tile.left;
+  const int height = tile.height, width = tile.width;
+  const int64_t image = tile.image;
+  const int64_t channel = (static_cast<int64_t>(tile.chunk) * 32 + lane) * V;
   const bool active = channel < p.channels;
   const T* const pooled = static_cast<const T*>(p.pooled) + (active ? channel : 0);
 
   A sum[kColumns][V] = {};
-  const int64_t map = level * p.images + image;
-  const int64_t begin = lists.begins[map], end = begin + lists.counts[map];
-  for (int64_t window = begin; window < end; window += kThreads) {
+  const ListRange range = lists.ranges[level * p.images + image];
+  for (int64_t window = range.begin; window < range.end; window += kThreads) {
     const int64_t i = window + threadIdx.x;
-    bool hit = false;
-    if (i < end) {
-      const ListedRoi<A>& r = lists.listed[i];
-      hit = r.bottom >= static_cast<float>(top) && r.top <= static_cast<float>(top + kRows) &&
-          r.right >= static_cast<float>(left) && r.left <= static_cast<float>(left + kColumns);
-    }
+    const bool hit = i < range.end && lists.boxes[i].meets(top, left, kRows, kColumns);
     const unsigned hits = __ballot_sync(kAllLanes, hit);
     if (lane == 0) in_warp[warp] = __popc(hits);
     __syncthreads();
@@ -342,11 +326,7 @@ constexpr size_t kSharedBytes = 40 << 10;
 template <typename T, int V, bool kChannelsLast>
 void launch_gather(const RoiAlign& p, const Lists<Acc<T>>& lists, cudaStream_t stream) {
   const int64_t chunks = (p.channels + 32 * V - 1) / (32 * V);
-  int64_t blocks = 0;
-  for (int l = 0; l < p.levels; ++l) {
-    const int64_t tiles_y = (p.heights[l] + kRows - 1) / kRows;
-    blocks += tiles_y * ((p.widths[l] + kColumns - 1) / kColumns) * p.images * chunks;
-  }
+  const int64_t blocks = count_tiles<kRows, kColumns>(p, chunks);
   if (blocks == 0) return;
   const size_t each = Weights<Acc<T>>::bytes(p.pooled_h, p.pooled_w);
   const size_t fit = kSharedBytes / each;
@@ -364,14 +344,17 @@ void launch(const RoiAlign& p, int64_t* scratch, cudaStream_t stream) {
   const Lists<Acc<T>> lists = lists_in<Acc<T>>(p, scratch);
   const int64_t maps = p.levels * p.images;
   if (maps == 0) return;
-  cudaMemsetAsync(lists.counts, 0, sizeof(int64_t) * maps, stream);
   if (p.rois > 0) {
-    const auto blocks = static_cast<unsigned>((p.rois + kThreads - 1) / kThreads);
-    count_rois<T><<<blocks, kThreads, 0, stream>>>(p, lists);
+    const int64_t count = fours(p) * 4;
+    const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
+    map_rois<T><<<blocks, kThreads, 0, stream>>>(p, lists.map_of, count);
   }
-  list_rois<T><<<static_cast<unsigned>(maps), kThreads, 0, stream>>>(p, lists);
+  list_rois<T><<<static_cast<unsigned>(maps), kListThreads, 0, stream>>>(p, lists, fours(p));
   bool fit = p.channels % kVector == 0 && aligned_to(p.pooled, 16);
   for (int l = 0; l < p.levels && p.channels_last; ++l) fit = fit && aligned_to(p.maps[l], 16);
+  if constexpr (sizeof(T) == 2) {
+    if (p.channels_last && fit && roi_align_products(p, lists, stream)) return;
+  }
   if (p.channels_last) {
     fit ? launch_gather<T, kVector, true>(p, lists, stream)
         : launch_gather<T, 1, true>(p, lists, stream);
@@ -384,7 +367,11 @@ void launch(const RoiAlign& p, int64_t* scratch, cudaStream_t stream) {
 }  // namespace
 
 int64_t roi_align_scratch(const RoiAlign& p) {
-  return 2 * p.levels * p.images + p.rois + p.rois * sizeof(ListedRoi<double>) / sizeof(int64_t);
+  constexpr int64_t kLong = sizeof(int64_t);
+  constexpr int64_t kMap = sizeof(ListRange) / kLong;
+  constexpr int64_t kSlot = (sizeof(PixelBox) + sizeof(ListedRoi<double>)) / kLong;
+  return kMap * p.levels * p.images + kSlot * count_slots(p) + fours(p) * 2 +
+      (roi_align_marks(p) + 1) / 2;
 }
 
 bool roi_align_fits(const RoiAlign& p) {

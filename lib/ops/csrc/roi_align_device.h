@@ -11,6 +11,7 @@ struct Target {
   bool valid;
   T* map;  // of the RoI's image
   int height, width;
+  int64_t level;
   RoiGeometry<Acc<T>> g;
 };
 
@@ -24,6 +25,7 @@ __device__ __forceinline__ Target<T> find_target(const RoiAlign& p, int64_t roi)
       p.pooled_h, p.pooled_w, p.sampling_ratio, p.aligned);
   t.valid = t.g.valid;
   if (!t.valid) return t;
+  t.level = level;
   t.height = p.heights[level];
   t.width = p.widths[level];
   t.map = static_cast<T*>(p.maps[level]) + t.g.image * p.channels * t.height * t.width;
