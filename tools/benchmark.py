@@ -57,7 +57,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--batches", type=int, nargs="+", default=[2, 8, 16], help="images a batch")
     train.add_argument("--amp", choices=tuple(AMP_DTYPES), nargs="+", default=["off", "bf16"])
     train.add_argument("--steps", type=int, default=40, help="measured, after some to warm up")
-    train.add_argument("--compile", action="store_true", help="torch.compile, torchvision's too")
+    train.add_argument(
+        "--compile",
+        action="store_true",
+        help="also torchvision's with its backbone compiled; one size",
+    )
     train.add_argument("--profile", action="store_true", help="our step's time by stage, operator")
     train.set_defaults(run=benchmark_commands.run_train)
 

@@ -30,7 +30,7 @@ LEAST_COSINE = 0.98
 class GradientCheck:
     """All gradients of a step as one vector, beside those of the plain path."""
 
-    name: str  # the precision, compiled or not
+    name: str  # the precision
     norm_change: float  # of its length, relative
     distance: float  # of the two vectors, relative to the plain one's length
     cosine: float
@@ -57,29 +57,24 @@ def gradient_checks(device: torch.device, cases: TrainCases) -> Iterator[Gradien
     Raises UserError if a cosine is below LEAST_COSINE.
     """
     compared = [
-        (amp, compiled)
-        for amp in cases.precisions
-        for compiled in sorted({False, cases.compiled})
-        if amp != "fp16" and (amp, compiled, device.type) != ("off", False, "cpu")
+        amp for amp in cases.precisions if amp != "fp16" and (amp, device.type) != ("off", "cpu")
     ]
     if not compared:
         return
     prepare_device(device)
     batches = draw_scenes(min(cases.batch_sizes))[:1]
 
-    def gradients(amp: str, compiled: bool) -> list[Tensor]:
+    def gradients(amp: str) -> list[Tensor]:
         fresh_memory(device)
-        trainer = OwnTrainer(batches, device, amp, compiled)
+        trainer = OwnTrainer(batches, device, amp)
         torch.manual_seed(cfg.RNG_SEED)
         return trainer.gradients()
 
     with _same_rois():
         with _without_tf32():
-            plain = gradients("off", False)
-        for amp, compiled in compared:
-            check = compare(
-                PRECISIONS[amp] + " compiled" * compiled, gradients(amp, compiled), plain
-            )
+            plain = gradients("off")
+        for amp in compared:
+            check = compare(PRECISIONS[amp], gradients(amp), plain)
             if not check.cosine >= LEAST_COSINE:
                 raise UserError(
                     f"{check}: that is less than {LEAST_COSINE}, more than rounding explains; "

@@ -130,7 +130,7 @@ def _measure(device: torch.device, size: Size, cases: GrowthCases, infer: bool) 
         draw["keypoints"] = cfg.KRCNN.NUM_KEYPOINTS
     batches = draw_batches(1, size.batch, near=NEAR, **draw)
     fresh_memory(device)
-    trainer = OwnTrainer(batches, device, cases.amp, compiled=False)
+    trainer = OwnTrainer(batches, device, cases.amp)
     with _flop_counter() as counter:
         trainer.steps(0)
     train = timing_of(trainer.steps(cases.steps, WARM_UP))

@@ -58,6 +58,7 @@ CANDIDATES = (300, 600, 1200, 2400, 4800, 9600)
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 
 
+Sizes = Sequence[tuple[int, int]]
 Batch = tuple[list[np.ndarray], tuple[Tensor, list[Placed]]]
 
 
@@ -91,16 +92,18 @@ def draw_batches(
     near: int = 0,
     objects: int = OBJECTS,
     one_size: bool = False,
+    lying: Sizes = LYING,
+    standing: Sizes = STANDING,
 ) -> list[list[Scene]]:
     """`count` batches, every fourth of standing images.
 
     near: boxes near the objects, an image; objects: of an image; one_size: the images of a batch
-    are of equal size.
+    are of equal size; lying, standing: (height, width) that images have.
     """
     rng = np.random.default_rng(0)
     batches = []
     for number in range(count):
-        kinds = STANDING if number % 4 == 3 else LYING
+        kinds = standing if number % 4 == 3 else lying
         sizes = [kinds[rng.integers(len(kinds))] for _ in range(batch_size)]
         if one_size:
             sizes = sizes[:1] * batch_size

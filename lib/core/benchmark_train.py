@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ import utils.blob as blob_utils
 import utils.net as net_utils
 from core.benchmark import synchronize, timing_of
 from core.benchmark_models import (
+    LYING,
     PRECISIONS,
     Rate,
     Scene,
@@ -58,15 +60,13 @@ LEARNING_RATE = 1e-5
 class OwnTrainer:
     """This project's model and loop."""
 
-    def __init__(
-        self, batches: Sequence[Sequence[Scene]], device: torch.device, amp: str, compiled: bool
-    ) -> None:
+    def __init__(self, batches: Sequence[Sequence[Scene]], device: torch.device, amp: str) -> None:
         torch.manual_seed(cfg.RNG_SEED)
         self.device, self._amp = device, amp
         model = place_model(random_model(), device)
         self.model = model
         _add_proposals(model, len(batches[0]))
-        if compiled:
+        if cfg.MODEL.COMPILE:
             compile_parts(model)
         self._optimizer = net_utils.build_optimizer(model, cfg.SOLVER)
         self._parallel = mynn.DataParallel(model, [device], cpu_keywords=CPU_INPUTS, minibatch=True)
@@ -156,12 +156,17 @@ class TorchvisionTrainer:
     methods as OwnTrainer's."""
 
     def __init__(
-        self, batches: Sequence[Sequence[Scene]], device: torch.device, amp: str, compiled: bool
+        self,
+        batches: Sequence[Sequence[Scene]],
+        device: torch.device,
+        amp: str,
+        compiled: bool = False,
     ) -> None:
         torch.manual_seed(cfg.RNG_SEED)
         self.device, self._amp = device, amp
         self.model = torchvision_model(*_sides()).to(device).train()
-        if amp != "off":
+        # Its keypoint loss takes no other layout than NCHW.
+        if amp != "off" and not cfg.MODEL.KEYPOINTS_ON:
             self.model = self.model.to(memory_format=torch.channels_last)
         if hasattr(self.model, "rpn"):
             self.model.rpn.register_forward_hook(self._with_near)
@@ -321,7 +326,7 @@ class TrainCases:
 
     batch_sizes: tuple[int, ...] = (2, 8, 16)
     precisions: tuple[str, ...] = ("off", "bf16")  # as --amp
-    compiled: bool = False
+    compiled_peer: bool = False  # on batches of one size, for it is compiled for each
     steps: int = 40
 
 
@@ -331,31 +336,32 @@ def train_rates(device: torch.device, cases: TrainCases) -> Iterator[Rate]:
     Raises NonFiniteLossError or RuntimeError if a loss is not finite.
     """
     prepare_device(device)
-    who = {"ours": OwnTrainer}
+    who: dict[str, Callable[..., OwnTrainer | TorchvisionTrainer]] = {"ours": OwnTrainer}
     if torchvision_model(*_sides()) is not None:
         who["torchvision"] = TorchvisionTrainer
+        if cases.compiled_peer:
+            who["torchvision, compiled"] = partial(TorchvisionTrainer, compiled=True)
     for batch_size in cases.batch_sizes:
-        batches = draw_scenes(batch_size)
+        batches = draw_scenes(batch_size, alike=cases.compiled_peer)
         flops = _flops(batches, device)
         for amp in cases.precisions:
             floor = flops / matrix_rate(device, AMP_DTYPES[amp] or torch.float32)
             for name, kind in who.items():
                 fresh_memory(device)
-                trainer = kind(batches, device, amp, cases.compiled)
+                trainer = kind(batches, device, amp)
                 counts = trainer.counts()
                 times = trainer.steps(cases.steps, WARM_UP)
-                title = PRECISIONS[amp] + " compiled" * cases.compiled
                 memory = peak_gib(device), reserved_gib(device)
-                yield Rate(name, title, batch_size, timing_of(times), *memory, counts, 1e3 * floor)
+                rate = timing_of(times), *memory, counts, 1e3 * floor
+                yield Rate(name, PRECISIONS[amp], batch_size, *rate)
                 del trainer
 
 
 def warm_trainer(device: torch.device, cases: TrainCases) -> OwnTrainer:
     """This project's trainer of the last case (batch size, precision), after some steps."""
     prepare_device(device)
-    trainer = OwnTrainer(
-        draw_scenes(cases.batch_sizes[-1]), device, cases.precisions[-1], cases.compiled
-    )
+    batches = draw_scenes(cases.batch_sizes[-1], alike=cases.compiled_peer)
+    trainer = OwnTrainer(batches, device, cases.precisions[-1])
     trainer.steps(2 * BATCHES)
     return trainer
 
@@ -374,21 +380,23 @@ def _sides() -> tuple[int, int]:
     return cfg.TRAIN.SCALES[0], cfg.TRAIN.MAX_SIZE
 
 
-def draw_scenes(batch_size: int) -> list[list[Scene]]:
-    """Batches for the model of the config."""
+def draw_scenes(batch_size: int, alike: bool = False) -> list[list[Scene]]:
+    """Batches for the model of the config; alike: all images are of one size."""
+    kinds = {"lying": LYING[:1], "standing": LYING[:1]} if alike else {}
     return draw_batches(
         BATCHES,
         batch_size,
         classes=cfg.MODEL.NUM_CLASSES - 1,
         keypoints=cfg.KRCNN.NUM_KEYPOINTS if cfg.MODEL.KEYPOINTS_ON else 0,
         near=NEAR,
+        **kinds,
     )
 
 
 def _flops(batches: Sequence[Sequence[Scene]], device: torch.device) -> int:
     """Floating-point operations of the matrix products and convolutions of a step."""
     fresh_memory(device)
-    trainer = OwnTrainer(batches, device, "off", False)
+    trainer = OwnTrainer(batches, device, "off")
     with FlopCounterMode(display=False) as counter:
         trainer.steps(0)
     return counter.get_total_flops()
