@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -40,6 +41,7 @@ from datasets import task_evaluation
 from datasets.dataset_catalog import resolve_dataset
 from datasets.json_dataset import JsonDataset
 from datasets.proposals import proposal_file_for_testing
+from datasets.scoring_ahead import ScoringAhead
 from modeling.model_builder import Generalized_RCNN
 from utils.detectron_weight_helper import load_detectron_weight, use_box_weights_of
 from utils.load_report import first_names
@@ -166,10 +168,19 @@ def _test(
     return run(model, dataset, folder, ind_range, **options)
 
 
-def score(dataset: JsonDataset, found: DatasetResults, folder: Path) -> Results:
-    """Evaluate detections: data set -> task -> metric -> value. Result files go to the folder."""
+def score(
+    dataset: JsonDataset, found: DatasetResults, folder: Path, ahead: ScoringAhead | None = None
+) -> Results:
+    """Evaluate detections: data set -> task -> metric -> value. Result files go to the folder.
+
+    ahead: has been given all of them, and does it."""
     return task_evaluation.evaluate_all(
-        dataset, found.all_boxes, found.all_segms, found.all_keyps, str(folder)
+        dataset,
+        found.all_boxes,
+        found.all_segms,
+        found.all_keyps,
+        str(folder),
+        ahead and ahead.result(),
     )
 
 
@@ -195,10 +206,27 @@ def test_net_on_dataset(
     """
     dataset = JsonDataset(dataset_name)
     folder = Path(output_dir)
-    found = _test(model, dataset, folder, batch_size=batch_size, vis=vis, amp=amp)
+    options: dict[str, Any] = {"batch_size": batch_size, "vis": vis, "amp": amp}
     if cfg.MODEL.RPN_ONLY:
+        generate_proposals(model, dataset, folder, **options)
         return evaluate_proposal_file(dataset, folder / PROPOSALS_FILE, folder)
-    return score(dataset, found, folder)
+    return detect_and_score(model, dataset, folder, **options)[1]
+
+
+def detect_and_score(
+    model: nn.Module, dataset: JsonDataset, folder: Path, **options: Any
+) -> tuple[DatasetResults, Results]:
+    """test_net and score; where it pays, images are scored while others are being tested.
+
+    options: of test_net.
+    """
+    kinds = task_evaluation.kinds_of_coco(dataset)
+    if not kinds or not ScoringAhead.possible(len(dataset.image_ids)):
+        found = test_net(model, dataset, folder, **options)
+        return found, score(dataset, found, folder)
+    with ScoringAhead(dataset, kinds, folder) as ahead:
+        found = test_net(model, dataset, folder, ahead=ahead, **options)
+        return found, score(dataset, found, folder, ahead)
 
 
 def score_detections(file: str | Path, output_dir: str | Path) -> Results:
@@ -234,6 +262,7 @@ def test_net(
     vis: bool = False,
     amp: str = "off",
     stages: Stages | None = None,
+    ahead: ScoringAhead | None = None,
 ) -> DatasetResults:
     """Detect in the images of a data set (or of a range of it) and write the detections file.
 
@@ -248,6 +277,7 @@ def test_net(
         vis: also write a PDF of each image's detections that score VIS_TH into `output_dir/vis`.
         amp: `off`, `bf16` or `fp16`: precision of the network.
         stages: is told how long the thread that feeds the device waits for what.
+        ahead: is given the detections of all images, without a range.
 
     Raises:
         UserError: an image cannot be read, or the range is not one of this data set.
@@ -266,6 +296,9 @@ def test_net(
     if len(remaining) < len(roidb):
         logger.info("%d of %d images have been tested before", part.done.sum(), len(roidb))
     todo = [roidb[i] for i in remaining]
+    if ahead is not None:
+        for image in np.flatnonzero(part.done).tolist():
+            ahead.add(image, *part.results.of_image(image))
     with part.kept():
         with Progress(len(todo)) as progress:
             for found in detect_files(
@@ -283,9 +316,13 @@ def test_net(
                     raise found.error
                 image = remaining[found.index]
                 part.add(image, found.cls_boxes, found.cls_segms, found.cls_keyps)
+                if ahead is not None:
+                    ahead.add(image, found.cls_boxes, found.cls_segms, found.cls_keyps)
                 if vis:
                     _draw(found, folder / "vis" / names[image], dataset)
                 progress.advance()
+        if ahead is not None:
+            ahead.complete()
         part.finish(folder / DETECTIONS_FILE if ind_range is None else None)
     return part.results
 

@@ -91,6 +91,13 @@ class DatasetResults:
             if cls_keyps is not None:
                 self.all_keyps[j][image] = cls_keyps[j]
 
+    def of_image(self, image: int) -> tuple[ClassBoxes, ClassSegms, ClassKeyps]:
+        """What was detected in one image, by class."""
+        boxes, segms, keyps = (
+            [of_class[image] for of_class in getattr(self, kind)] for kind in _KINDS
+        )
+        return boxes, segms, keyps
+
     def copy_images(self, other: DatasetResults, pairs: Sequence[tuple[int, int]]) -> None:
         """Take over images of `other`: pairs of (index here, index there)."""
         for kind in _KINDS:

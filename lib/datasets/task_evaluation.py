@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pycocotools.cocoeval import COCOeval
 
 from core.config import cfg
@@ -16,6 +18,7 @@ from datasets import cityscapes_evaluator, json_dataset_evaluator, voc_dataset_e
 from datasets.box_proposal_evaluator import average_recalls
 from datasets.entry import RoidbEntry
 from datasets.json_dataset import JsonDataset
+from datasets.json_dataset_evaluator import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ def evaluate_all(
     all_segms: Sequence,
     all_keyps: Sequence,
     output_dir: str | Path,
+    ahead: Mapping[str, Evaluation] | None = None,
 ) -> Results:
     """Score boxes and, as the model has them (MODEL.MASK_ON, KEYPOINTS_ON), masks and keypoints.
 
@@ -42,7 +46,8 @@ def evaluate_all(
     > .5, as AP50, the other metrics -1. Masks of `cityscapes_...` have Cityscapes' own metric.
     TEST.FORCE_JSON_DATASET_EVAL scores both by COCO's rules.
 
-    Detections as datasets.json_dataset_evaluator says. Result files go to output_dir.
+    Detections as datasets.json_dataset_evaluator says. Result files go to output_dir. ahead: what
+    datasets.scoring_ahead has scored already, and written there, by kind.
     Returns {dataset.name: {'box': {'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl'}, 'mask': the same,
     'keypoint': the same without 'APs'}} with values in [0, 1], -1 where there is nothing to score.
     """
@@ -54,23 +59,23 @@ def evaluate_all(
         scores["box"]["AP50"] = voc_dataset_evaluator.mean_ap(aps)
         scores["box"].move_to_end("AP50", last=False)  # trainings keep the best by the first
     else:
-        coco_eval = json_dataset_evaluator.evaluate_boxes(dataset, all_boxes, output_dir)
-        scores["box"] = _metrics("box", coco_eval)
+        evaluate = partial(json_dataset_evaluator.evaluate_boxes, dataset, all_boxes, output_dir)
+        scores["box"] = _metrics("box", _coco_stats("bbox", ahead, evaluate))
     if cfg.MODEL.MASK_ON:
         if cityscapes_evaluator.is_cityscapes(dataset) and not cfg.TEST.FORCE_JSON_DATASET_EVAL:
             scores["mask"] = _metrics("mask", None)
             found = cityscapes_evaluator.evaluate_masks(dataset, all_boxes, all_segms, output_dir)
             scores["mask"].update(found or {})
         else:
-            coco_eval = json_dataset_evaluator.evaluate_masks(
-                dataset, all_boxes, all_segms, output_dir
+            evaluate = partial(
+                json_dataset_evaluator.evaluate_masks, dataset, all_boxes, all_segms, output_dir
             )
-            scores["mask"] = _metrics("mask", coco_eval)
+            scores["mask"] = _metrics("mask", _coco_stats("segm", ahead, evaluate))
     if cfg.MODEL.KEYPOINTS_ON:
-        coco_eval = json_dataset_evaluator.evaluate_keypoints(
-            dataset, all_boxes, all_keyps, output_dir
+        evaluate = partial(
+            json_dataset_evaluator.evaluate_keypoints, dataset, all_boxes, all_keyps, output_dir
         )
-        scores["keypoint"] = _metrics("keypoint", coco_eval)
+        scores["keypoint"] = _metrics("keypoint", _coco_stats("keypoints", ahead, evaluate))
     results: Results = OrderedDict([(dataset.name, scores)])
     log_copy_paste_friendly_results(results)
     return results
@@ -81,9 +86,31 @@ def scored_as_voc(dataset: JsonDataset) -> bool:
     return voc_dataset_evaluator.is_voc(dataset) and not cfg.TEST.FORCE_JSON_DATASET_EVAL
 
 
-def _metrics(task: str, coco_eval: COCOeval | None) -> OrderedDict[str, float]:
+def kinds_of_coco(dataset: JsonDataset) -> list[str]:
+    """What evaluate_all would score by COCO's rules, if it is all, and as datasets.scoring_ahead
+    does it; else []."""
+    cityscapes = cfg.MODEL.MASK_ON and cityscapes_evaluator.is_cityscapes(dataset)
+    other = scored_as_voc(dataset) or (cityscapes and not cfg.TEST.FORCE_JSON_DATASET_EVAL)
+    if other or cfg.TEST.COCO_EVALUATOR != "fast":
+        return []
+    heads = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINTS_ON}
+    return [kind for kind, there in heads.items() if there]
+
+
+def _coco_stats(
+    kind: str,
+    ahead: Mapping[str, Evaluation] | None,
+    evaluate: Callable[[], COCOeval | None],
+) -> np.ndarray | None:
+    if ahead is not None:
+        return json_dataset_evaluator.log_evaluation(ahead[kind])
+    coco_eval = evaluate()
+    return None if coco_eval is None else coco_eval.stats
+
+
+def _metrics(task: str, stats: Sequence[float] | None) -> OrderedDict[str, float]:
     names = METRICS[task]
-    values = [-1.0] * len(names) if coco_eval is None else coco_eval.stats[: len(names)]
+    values = [-1.0] * len(names) if stats is None else stats[: len(names)]
     return OrderedDict((name, float(value)) for name, value in zip(names, values, strict=True))
 
 

@@ -18,9 +18,11 @@ from core.errors import UserError
 from core.test_engine import test_net as run_test_net  # or pytest would collect it
 from core.test_pipeline import detect_files, plan_batches
 from core.test_results import DatasetResults, load_detections
+from datasets import scoring_ahead
 from datasets.dataset_catalog import resolve_dataset
 from datasets.demo_shapes import make_demo_data
 from datasets.json_dataset import JsonDataset
+from datasets.scoring_ahead import ScoringAhead
 from modeling.model_builder import Generalized_RCNN
 
 DEMO_CONFIG = (
@@ -275,3 +277,23 @@ def test_unreadable_files_do_not_stop_the_others(model, dataset, tmp_path, num_w
     for index in (1, 2):
         assert str(paths[index]) in str(results[index].error)
         assert results[index].cls_boxes is None
+
+
+@pytest.mark.skipif(not ScoringAhead.possible(10**6), reason="elsewhere nothing is forked")
+def test_scores_are_the_same_when_made_while_the_test_goes_on(
+    dataset, model, tmp_path, monkeypatch
+):
+    at_end = test_engine.test_net_on_dataset(model, dataset.name, tmp_path / "end", batch_size=2)
+    used = []
+    result = ScoringAhead.result
+    monkeypatch.setattr(ScoringAhead, "result", lambda ahead: used.append(1) or result(ahead))
+    monkeypatch.setattr(scoring_ahead, "LEAST_IMAGES", 1)
+    ahead = tmp_path / "ahead"
+    monkeypatch.setattr(test_engine, "detect_files", interrupted_after(3))
+    with pytest.raises(KeyboardInterrupt):  # what a part file holds counts too
+        test_engine.test_net_on_dataset(model, dataset.name, ahead, batch_size=2)
+    monkeypatch.setattr(test_engine, "detect_files", detect_files)
+    assert test_engine.test_net_on_dataset(model, dataset.name, ahead, batch_size=2) == at_end
+    assert used == [1]
+    names = [sorted(p.name for p in folder.iterdir()) for folder in (tmp_path / "end", ahead)]
+    assert names[0] == names[1]

@@ -1,0 +1,179 @@
+"""Scoring while a test goes on: processes beside it match and write down what is finished.
+
+One process is forked, and forks the others: the test, whose memory is large, waits for one fork
+only. At the end of the test the last images, the sums over all and the files are left to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import pickle
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+
+from core.errors import UserError
+from datasets.coco_results import ImageFound, Part, image_found
+from datasets.coco_scoring import default_processes
+from datasets.forked_pool import call_shared, end_with_parent, forked_pool, in_processes
+from datasets.json_dataset import JsonDataset
+from datasets.json_dataset_evaluator import Evaluation, finish_ahead, kind_of_results
+
+logger = logging.getLogger(__name__)
+
+IMAGES_AT_ONCE = 16
+LEAST_IMAGES = 100  # of fewer the scores take less time than the processes
+MOST_PROCESSES = 6
+
+
+class ScoringAhead:
+    """Scores by COCO's rules of a test's images, as they come; a context, at whose end nothing of
+    it goes on.
+
+    Args:
+        kinds: of 'bbox', 'segm', 'keypoints'.
+    """
+
+    def __init__(self, dataset: JsonDataset, kinds: Sequence[str], output_dir: Path) -> None:
+        self._kinds = list(kinds)
+        self._waiting: list[ImageFound] = []
+        context = multiprocessing.get_context("fork")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, self._connection, dataset, self._kinds, output_dir)
+        )
+        self._process.start()
+        theirs.close()  # or its end would not be noticed
+
+    @staticmethod
+    def possible(num_images: int) -> bool:
+        """Whether processes can be forked, end with this one, and are worth it."""
+        return sys.platform == "linux" and num_images >= LEAST_IMAGES
+
+    def __enter__(self) -> ScoringAhead:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.kill()  # nothing for one that has ended; its own processes end with it
+        self._process.join()
+        self._connection.close()
+
+    def add(
+        self,
+        position: int,
+        cls_boxes: Sequence,
+        cls_segms: Sequence | None,
+        cls_keyps: Sequence | None,
+    ) -> None:
+        """Hand over what was found in an image of the data set, by label."""
+        self._waiting.append(
+            image_found(
+                position,
+                cls_boxes,
+                cls_segms if "segm" in self._kinds else None,
+                cls_keyps if "keypoints" in self._kinds else None,
+            )
+        )
+        if len(self._waiting) == IMAGES_AT_ONCE:
+            self._send(self._waiting)
+            self._waiting = []
+
+    def complete(self) -> None:
+        """Say that all images have been handed over: the sums begin."""
+        # In small pieces: all processes are free for them.
+        for begin in range(0, len(self._waiting), 4):
+            self._send(self._waiting[begin : begin + 4])
+        self._waiting = []
+        self._send([])
+
+    def result(self) -> Mapping[str, Evaluation]:
+        """After `complete`: the evaluation of each kind, its files written. Waits for it.
+
+        Raises what went wrong: UserError, or RuntimeError with the process's traceback.
+        """
+        try:
+            answer = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise RuntimeError(
+                f"the process that scores has ended by itself (code {self._process.exitcode}); if "
+                "memory ran out, score the detections file with --eval_only"
+            ) from None
+        if isinstance(answer, UserError):
+            raise answer
+        if isinstance(answer, str):
+            raise RuntimeError(f"scoring failed in a process of its own:\n{answer}")
+        return answer
+
+    def _send(self, images: list[ImageFound]) -> None:
+        try:
+            # Nothing means the end.
+            content = pickle.dumps(images, pickle.HIGHEST_PROTOCOL) if images else b""
+            self._connection.send_bytes(content)
+        except OSError:
+            self.result()  # says why nobody reads
+            raise
+
+
+def _serve(
+    connection: Connection,
+    others: Connection,
+    dataset: JsonDataset,
+    kinds: Sequence[str],
+    output_dir: Path,
+) -> None:
+    """What the process does that is forked from the test."""
+    end_with_parent()
+    others.close()
+    try:
+        answer = _score(connection, dataset, kinds, output_dir)
+    except UserError as error:
+        answer = error
+    except Exception:
+        answer = traceback.format_exc()  # with that of a process of the pool, if it is its
+    connection.send(answer)
+
+
+def _score(
+    connection: Connection, dataset: JsonDataset, kinds: Sequence[str], output_dir: Path
+) -> dict[str, Evaluation]:
+    results = [kind_of_results(dataset, kind) for kind in kinds]
+
+    def parts_of(images: bytes) -> list[Part]:
+        found = pickle.loads(images)
+        return [of_kind.part(found) for of_kind in results]
+
+    made = []
+    pool = forked_pool(min(default_processes(), MOST_PROCESSES), parts_of)
+    while images := connection.recv_bytes():
+        made.append(pool.submit(call_shared, images))
+        for part in made:
+            if part.done():
+                part.result()  # raises what went wrong there
+    by_image = [part.result() for part in made]
+    pool.shutdown(wait=False)
+    by_kind = dict(zip(kinds, zip(*by_image, strict=True), strict=True))
+    of_kind = dict(zip(kinds, results, strict=True))
+
+    def finish(step: tuple[str, str]) -> Evaluation:
+        kind, what = step
+        return finish_ahead(of_kind[kind], by_kind[kind], output_dir, what)
+
+    steps = [(kind, what) for what in ("score", "write") for kind in kinds]
+    done = dict(zip(steps, in_processes(finish, steps, len(steps)), strict=True))
+    return {
+        kind: Evaluation(
+            done[kind, "score"].stats,
+            done[kind, "score"].messages + done[kind, "write"].messages,
+        )
+        for kind in kinds
+    }
