@@ -81,7 +81,10 @@ class OwnTrainer:
         clock, count = _Clock(self.device), count + warm_up
         # The loop asks for the rate when a step begins; the last of count + 1 has no end.
         settings = TrainSettings(
-            count + 1, disp_interval=count + 2, amp=self._amp, cuda_graphs=cuda_graphs
+            count + 1,
+            disp_interval=count + 2,
+            amp=self._amp,
+            cuda_graphs=cuda_graphs and cfg.MODEL.CUDA_GRAPHS,
         )
         signal = train(
             self._parallel,
