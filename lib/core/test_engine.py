@@ -218,15 +218,18 @@ def detect_and_score(
 ) -> tuple[DatasetResults, Results]:
     """test_net and score; where it pays, images are scored while others are being tested.
 
-    options: of test_net.
+    options: of test_net; `stages` is also told how long evaluation takes afterwards.
     """
+    stages = options.get("stages") or Stages()
     kinds = task_evaluation.kinds_of_coco(dataset)
     if not kinds or not ScoringAhead.possible(len(dataset.image_ids)):
         found = test_net(model, dataset, folder, **options)
-        return found, score(dataset, found, folder)
+        with stages.timed("evaluate"):
+            return found, score(dataset, found, folder)
     with ScoringAhead(dataset, kinds, folder) as ahead:
         found = test_net(model, dataset, folder, ahead=ahead, **options)
-        return found, score(dataset, found, folder, ahead)
+        with stages.timed("evaluate"):
+            return found, score(dataset, found, folder, ahead)
 
 
 def score_detections(file: str | Path, output_dir: str | Path) -> Results:

@@ -36,6 +36,7 @@ def test_the_script_measures_a_test_from_files_to_scores(demo_data, cfg, tmp_pat
     assert report["settings"]["images"] == 7
     assert report["detections_per_image"] == pytest.approx(10, abs=0.5)
     assert report["share_of_pure_rate"] == report["test_rate"] / report["pure_rate"]
+    assert report["share_of_pasted_rate"] == report["test_rate"] / report["pasted_rate"]
     assert sum(report["waits"].values()) == pytest.approx(report["test_seconds"])
     assert report["evaluation_seconds"] == report["waits"]["evaluate"]
     stages = {"decode", "forward", "suppression", "mask head", "paste and encode", "evaluate"}
