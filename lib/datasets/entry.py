@@ -16,6 +16,8 @@ Keys of a roidb entry (n objects, C classes with background):
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import scipy.sparse
 
@@ -61,6 +63,10 @@ def make_entry(
         overlaps[np.arange(n), gt_classes] = 1.0
         overlaps[is_crowd] = -1.0
         set_overlaps(entry, overlaps)
+    elif not n:
+        entry["gt_overlaps"] = _no_overlaps(num_classes)
+        entry["max_overlaps"] = np.zeros(0, dtype=np.float32)
+        entry["max_classes"] = np.zeros(0, dtype=np.int64)
     else:  # almost always: written down directly, as data sets have 100,000 images
         entry["gt_overlaps"] = scipy.sparse.csr_matrix(
             (np.ones(n, dtype=np.float32), gt_classes, np.arange(n + 1, dtype=np.int32)),
@@ -69,6 +75,12 @@ def make_entry(
         entry["max_overlaps"] = np.ones(n, dtype=np.float32)
         entry["max_classes"] = gt_classes.astype(np.int64)
     return entry
+
+
+@functools.lru_cache(maxsize=4)
+def _no_overlaps(num_classes: int) -> scipy.sparse.csr_matrix:
+    """gt_overlaps of all images without objects: a test has no others, and nobody writes to it."""
+    return scipy.sparse.csr_matrix((0, num_classes), dtype=np.float32)
 
 
 def set_overlaps(entry: RoidbEntry, overlaps: np.ndarray) -> None:

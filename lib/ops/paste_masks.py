@@ -49,8 +49,9 @@ def masks_to_rles(
     """
     text, offsets = torch.ops.detectron.encode_masks(masks, boxes, im_h, im_w, float(thresh))
     counts, ends = text.numpy().tobytes().decode("ascii"), offsets.tolist()
+    size = [im_h, im_w]  # one for all: it is pickled, and kept, once
     return [
-        {"size": [im_h, im_w], "counts": counts[begin:end]}
+        {"size": size, "counts": counts[begin:end]}
         for begin, end in zip(ends, ends[1:], strict=False)
     ]
 
