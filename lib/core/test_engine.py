@@ -44,6 +44,7 @@ from datasets.proposals import proposal_file_for_testing
 from datasets.scoring_ahead import ScoringAhead
 from modeling.model_builder import Generalized_RCNN
 from utils.detectron_weight_helper import load_detectron_weight, use_box_weights_of
+from utils.garbage import only_young_garbage
 from utils.load_report import first_names
 from utils.logging import setup_logging
 from utils.net import load_ckpt
@@ -302,7 +303,7 @@ def test_net(
     if ahead is not None:
         for image in np.flatnonzero(part.done).tolist():
             ahead.add(image, *part.results.of_image(image))
-    with part.kept():
+    with part.kept(), only_young_garbage():
         with Progress(len(todo)) as progress:
             for found in detect_files(
                 model,

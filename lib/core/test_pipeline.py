@@ -229,9 +229,10 @@ def plan_batches(
     """Indices 0 .. count - 1 in batches of images that enter the network with equal padded size."""
     if sizes is None or batch_size == 1:
         return [[i] for i in range(count)]
+    padded = {size: network_size(*size) for size in set(sizes)}  # of few sizes, as a rule
     alike = defaultdict(list)
     for i, size in enumerate(sizes):
-        alike[network_size(*size)].append(i)
+        alike[padded[size]].append(i)
     return [
         group[start : start + batch_size]
         for group in alike.values()
