@@ -20,6 +20,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from roi_data.minibatch import GROWING_INPUTS
+from utils.cuda_graphs import graph_recording
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +123,7 @@ class RecordedCalls:
         begin, self._under_way = time.perf_counter(), True
         graph, stream = torch.cuda.CUDAGraph(), training_stream(self._device)
         try:
-            # Threads that pin batches or write checkpoints may go on as they like.
-            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+            with graph_recording(graph, self._pool, stream):
                 recorded = _Recorded(graph, self._function(**inputs))
         except torch.cuda.OutOfMemoryError:
             raise
