@@ -5,6 +5,7 @@ from .box_voting import box_voting
 from .conv_act import conv_act
 from .group_norm import group_norm
 from .image_batch import image_batch
+from .match_anchors import AnchorMatches, match_anchors
 from .nms import batched_nms, nms
 from .paste_masks import masks_to_rles, paste_masks
 from .polygons_to_masks import polygons_to_masks
@@ -12,11 +13,13 @@ from .ps_roi_pool import ps_roi_pool
 from .roi_align import roi_align
 from .roi_crop import roi_crop
 from .roi_pool import roi_pool
+from .sample_anchors import sample_anchors
 from .soft_nms import METHODS as SOFT_NMS_METHODS
 from .soft_nms import batched_soft_nms, soft_nms
 from .upsample_add import upsample_add
 
 __all__ = [
+    "AnchorMatches",
     "SOFT_NMS_METHODS",
     "VOTING_METHODS",
     "batched_nms",
@@ -26,6 +29,7 @@ __all__ = [
     "group_norm",
     "image_batch",
     "masks_to_rles",
+    "match_anchors",
     "nms",
     "paste_masks",
     "polygons_to_masks",
@@ -33,6 +37,7 @@ __all__ = [
     "roi_align",
     "roi_crop",
     "roi_pool",
+    "sample_anchors",
     "soft_nms",
     "upsample_add",
 ]

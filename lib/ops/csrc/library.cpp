@@ -61,6 +61,12 @@ TORCH_LIBRARY(detectron, m) {
   m.def("add_upsampled(Tensor lateral, Tensor top) -> Tensor");
   m.def("sum_2x2(Tensor map) -> Tensor");
   m.def(
+      "match_anchors(Tensor anchors, Tensor gt_boxes, Tensor gt_valid, Tensor? im_info,"
+      " float positive_overlap, float straddle_thresh) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sample_anchors(Tensor foreground, Tensor background, Tensor random, int max_foreground)"
+      " -> (Tensor, Tensor)");
+  m.def(
       "conv_act(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, bool relu,"
       " int[2] stride, int[2] padding, int[2] dilation, bool transposed, int groups) -> Tensor");
   m.def("upsample_add(Tensor lateral, Tensor top) -> Tensor");
@@ -95,6 +101,8 @@ TORCH_LIBRARY_IMPL(detectron, CPU, m) {
   m.impl("channel_sum", &detectron::cpu::channel_sum);
   m.impl("add_upsampled", &detectron::cpu::add_upsampled);
   m.impl("sum_2x2", &detectron::cpu::sum_2x2);
+  m.impl("match_anchors", &detectron::cpu::match_anchors);
+  m.impl("sample_anchors", &detectron::cpu::sample_anchors);
 }
 
 #ifdef WITH_CUDA
@@ -122,6 +130,8 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
   m.impl("channel_sum", &detectron::cuda::channel_sum);
   m.impl("add_upsampled", &detectron::cuda::add_upsampled);
   m.impl("sum_2x2", &detectron::cuda::sum_2x2);
+  m.impl("match_anchors", &detectron::cuda::match_anchors);
+  m.impl("sample_anchors", &detectron::cuda::sample_anchors);
 }
 #else
 namespace {
@@ -140,7 +150,7 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
                            "batched_soft_nms", "box_voting", "paste_masks", "encode_masks",
                            "group_norm", "group_norm_backward",
                            "bias_act_", "relu_backward", "channel_sum", "add_upsampled",
-                           "sum_2x2"}) {
+                           "sum_2x2", "match_anchors", "sample_anchors"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
   }
 }

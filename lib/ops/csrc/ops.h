@@ -74,6 +74,12 @@ using Scales = at::ArrayRef<double>;
   Tensor channel_sum(const Tensor& map);                                                         \
   Tensor add_upsampled(const Tensor& lateral, const Tensor& top);                                \
   Tensor sum_2x2(const Tensor& map);                                                             \
+  std::tuple<Tensor, Tensor, Tensor, Tensor> match_anchors(                                      \
+      const Tensor& anchors, const Tensor& gt_boxes, const Tensor& gt_valid,                     \
+      const std::optional<Tensor>& im_info, double positive_overlap, double straddle_thresh);    \
+  std::tuple<Tensor, Tensor> sample_anchors(                                                     \
+      const Tensor& foreground, const Tensor& background, const Tensor& random,                  \
+      int64_t max_foreground);                                                                   \
   }
 
 DETECTRON_OPS(cpu)
