@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -128,31 +130,48 @@ class _RPN(nn.Module):
 
         Args:
             logits, deltas: as predict() gives them.
-            targets: of all levels side by side, as roi_data.rpn.rpn_targets gives them.
+            targets: as roi_data.rpn.rpn_targets gives them.
         """
-        num_images = targets.labels.shape[0]
-        fixed = cfg.TRAIN.RPN_BATCH_SIZE_PER_IM * num_images
-        losses, start = {}, 0
-        for name, level_logits, level_deltas in zip(self.level_names, logits, deltas, strict=True):
-            scores = level_logits.float().permute(0, 2, 3, 1).flatten(1)
-            pred = level_deltas.float().permute(0, 2, 3, 1).reshape(num_images, -1, 4)
-            level = slice(start, start + scores.shape[1])
-            start = level.stop
-            label = targets.labels[:, level]
-            used = (label >= 0).float()
-            bce = F.binary_cross_entropy_with_logits(
-                scores, label.clamp(min=0).float(), weight=used, reduction="sum"
-            )
-            per_level_mean = self.softmax or not self.multilevel
-            losses[f"loss_rpn_cls{name}"] = bce / (
-                used.sum().clamp(min=1) if per_level_mean else fixed
-            )
-            smooth = F.smooth_l1_loss(
-                pred, targets.bbox_targets[:, level], beta=1.0 / 9, reduction="none"
-            )
-            weight = targets.bbox_weights[:, level, None]
-            losses[f"loss_rpn_bbox{name}"] = (smooth * weight).sum() / num_images
+        index, used = targets.index, targets.labels >= 0
+        scores = torch.cat([_by_anchor(x, 1) for x in logits], dim=1).squeeze(-1)
+        pred = torch.cat([_by_anchor(x, 4) for x in deltas], dim=1)
+        bce = F.binary_cross_entropy_with_logits(
+            scores.gather(1, index).float(),
+            targets.labels.clamp(min=0).float(),
+            weight=used.float(),
+            reduction="none",
+        )
+        smooth = F.smooth_l1_loss(
+            pred.gather(1, index.unsqueeze(-1).expand(-1, -1, 4)).float(),
+            targets.bbox_targets,
+            beta=1.0 / 9,
+            reduction="none",
+        )
+        box = smooth.sum(dim=-1) * targets.bbox_weights
+        in_level = self._in_levels(index, [x[0].numel() for x in logits])
+        sums = torch.where(in_level.unsqueeze(1), torch.stack([bce, box]), 0.0).sum(dim=(2, 3))
+        if self.softmax or not self.multilevel:
+            cls_norm = (in_level & used).sum(dim=(1, 2)).clamp(min=1)
+        else:
+            cls_norm = cfg.TRAIN.RPN_BATCH_SIZE_PER_IM * len(index)
+        cls, box = (sums[:, 0] / cls_norm).unbind(), (sums[:, 1] / len(index)).unbind()
+        losses = {}
+        for level, name in enumerate(self.level_names):
+            losses[f"loss_rpn_cls{name}"] = cls[level]
+            losses[f"loss_rpn_bbox{name}"] = box[level]
         return losses
+
+    def _in_levels(self, index: Tensor, counts: list[int]) -> Tensor:
+        """(L, N, S) bool: which anchors `index` (N, S) are of which level, of so many each."""
+        level = torch.zeros_like(index)
+        for start in itertools.accumulate(counts[:-1]):
+            level += index >= start
+        return level == torch.arange(len(counts), device=index.device).view(-1, 1, 1)
+
+
+def _by_anchor(maps: Tensor, values: int) -> Tensor:
+    """(N, H * W * A, values) of maps (N, A * values, H, W), in the order of the anchors."""
+    return maps.permute(0, 2, 3, 1).reshape(len(maps), -1, values)
 
 
 class single_scale_rpn_outputs(_RPN):

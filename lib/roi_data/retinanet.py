@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import ops
 import utils.boxes as box_utils
-from roi_data.rpn import match_anchors
 
 
 class RetinaNetTargets(NamedTuple):
@@ -58,7 +58,7 @@ def retinanet_targets(
 
     Source: RetinaNet, section 4, as Detectron labels.
     """
-    matches = match_anchors(anchors, gt_boxes, gt_valid, im_info, positive_overlap, -1)
+    matches = ops.match_anchors(anchors, gt_boxes, gt_valid, im_info, positive_overlap, -1)
     labels = torch.where(matches.foreground, gt_classes.gather(1, matches.gt_index), -1)
     num_fg = (labels > 0).sum() + len(labels)
     labels = torch.where(matches.max_overlap < negative_overlap, 0, labels)

@@ -66,7 +66,7 @@ class Replay:
         return dense
 
     def rpn_targets(self, logits: list[torch.Tensor]) -> RPNTargets:
-        """The recorded labels of each level, cut to the maps' sizes and put side by side."""
+        """The recorded labels that count, of each level cut to the maps' sizes."""
         labels, targets, weights = [], [], []
         for level, scores in zip(self.model.RPN.level_names, logits, strict=True):
             n, a, h, w = scores.shape
@@ -81,7 +81,15 @@ class Replay:
             inside = crop("rpn_bbox_inside_weights", 0)
             weights.append((inside * crop("rpn_bbox_outside_weights", 0))[..., 0])
         labels, targets, weights = (torch.cat(x, dim=1) for x in (labels, targets, weights))
-        return RPNTargets(labels.to(torch.int8), targets, weights)
+        used = labels >= 0
+        index = used.int().topk(int(used.sum(dim=1).max()), dim=1).indices
+        of_four = index.unsqueeze(-1).expand(-1, -1, 4)
+        return RPNTargets(
+            index,
+            labels.gather(1, index).to(torch.int8),
+            targets.gather(1, of_four),
+            weights.gather(1, index),
+        )
 
     def losses(self) -> dict[str, torch.Tensor]:
         from modeling import fast_rcnn_heads, mask_rcnn_heads

@@ -38,12 +38,71 @@ def test_loss_is_cross_entropy_of_two_classes_averaged_over_a_level(rpn):
     counts = [6 * 8 * ANCHORS, 3 * 4 * ANCHORS]
     labels = torch.randint(-1, 2, (2, sum(counts))).to(torch.int8)
     zeros = torch.zeros(2, sum(counts))
-    targets = RPNTargets(labels, torch.zeros(2, sum(counts), 4), zeros)
+    index = torch.arange(sum(counts)).expand(2, -1)
+    targets = RPNTargets(index, labels, torch.zeros(2, sum(counts), 4), zeros)
     losses = rpn.losses(*rpn.predict(maps), targets)
     for level, x, part in zip(LEVELS, maps, labels.split(counts, dim=1), strict=True):
         scores = two_scores(rpn, x).flatten(0, 1)
         expected = F.cross_entropy(scores, part.flatten().long(), ignore_index=-1)
         torch.testing.assert_close(losses[f"loss_rpn_cls_fpn{level}"], expected)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_losses_of_slots_are_those_over_all_anchors(rpn, activation, device, cfg):
+    """Values and gradients, with slots that do not count and a level that nothing was drawn in."""
+    rpn.softmax = activation == "softmax"
+    sizes, counts = [(6, 8), (3, 4)], [6 * 8 * ANCHORS, 3 * 4 * ANCHORS]
+    total = sum(counts)
+    g = torch.Generator().manual_seed(3)
+    logits, deltas = (
+        [
+            torch.randn(2, ANCHORS * values, *size, generator=g)
+            .to(device, memory_format=torch.channels_last)
+            .requires_grad_()
+            for size in sizes
+        ]
+        for values in (1, 4)
+    )
+    index = torch.stack([torch.randperm(total, generator=g)[:40] for _ in range(2)])
+    index[1] %= counts[0]
+    labels = torch.randint(-1, 2, (2, 40), generator=g)
+    labels[1] = labels[1].where(index[1].bincount(minlength=total)[index[1]] == 1, -1)
+    index[labels < 0] = 0
+    goals = torch.randn(2, 40, 4, generator=g) * (labels == 1).unsqueeze(-1)
+    weights = torch.rand(2, 40, generator=g) * (labels == 1)
+    index, labels, goals, weights = (x.to(device) for x in (index, labels, goals, weights))
+    losses = rpn.losses(logits, deltas, RPNTargets(index, labels.to(torch.int8), goals, weights))
+    expected = {}
+    for level, size in enumerate(sizes):
+        start = sum(counts[:level])
+        cls, box, used = 0.0, 0.0, 0
+        for image, slot in (labels >= 0).nonzero().tolist():
+            place = index[image, slot].item() - start
+            if not 0 <= place < counts[level]:
+                continue
+            cell, a = divmod(place, ANCHORS)
+            y, x = divmod(cell, size[1])
+            score = logits[level][image, a, y, x]
+            cls, used = cls - F.logsigmoid(score if labels[image, slot] else -score), used + 1
+            delta = deltas[level][image, 4 * a : 4 * a + 4, y, x]
+            smooth = F.smooth_l1_loss(delta, goals[image, slot], beta=1 / 9, reduction="sum")
+            box = box + smooth * weights[image, slot]
+        norm = used if rpn.softmax else cfg.TRAIN.RPN_BATCH_SIZE_PER_IM * 2
+        expected[f"loss_rpn_cls_fpn{LEVELS[level]}"] = cls / norm
+        expected[f"loss_rpn_bbox_fpn{LEVELS[level]}"] = box / 2
+    assert list(losses) == list(expected)
+    for name in losses:
+        torch.testing.assert_close(losses[name], expected[name])
+    weight = dict(zip(losses, torch.rand(len(losses), generator=g), strict=True))
+    found, slow = (
+        torch.autograd.grad(sum(x[name] * weight[name].item() for name in x), [*logits, *deltas])
+        for x in (losses, expected)
+    )
+    for a, b in zip(found, slow, strict=True):
+        torch.testing.assert_close(a, b)
+    empty = RPNTargets(index, torch.full_like(labels, -1).to(torch.int8), goals * 0, weights * 0)
+    assert all(value == 0 for value in rpn.losses(logits, deltas, empty).values())
 
 
 def test_proposals_score_the_foregrounds_probability(rpn):

@@ -11,7 +11,8 @@ import torch
 
 import utils.boxes as box_utils
 from modeling.generate_anchors import anchor_field, generate_anchors
-from roi_data.rpn import AnchorMatches, match_anchors, rpn_targets, sample_anchors
+from ops import AnchorMatches, match_anchors
+from roi_data.rpn import rpn_targets, sample_anchors
 
 OPTIONS = {
     "positive_overlap": 0.7,
@@ -126,46 +127,67 @@ def recorded_field(blobs, levels):
     return torch.cat(anchors), *(torch.cat(x, dim=1) for x in (labels, targets, weights))
 
 
+def labels_of(index, labels, num_anchors):
+    """(N, A) labels of all anchors; those without a slot that counts have -1."""
+    dense = torch.full((len(index), num_anchors), -1)
+    for row, anchors, own in zip(dense, index, labels, strict=True):
+        row[anchors[own >= 0]] = own[own >= 0].long()
+        assert (row >= 0).sum() == (own >= 0).sum()  # no anchor has two
+    return dense
+
+
+def matches_of(foreground, overlap):
+    """AnchorMatches of anchors that all lie inside."""
+    return AnchorMatches(
+        torch.ones_like(foreground), foreground, overlap, torch.zeros_like(foreground).long()
+    )
+
+
 def test_draws_keep_their_quotas():
     torch.manual_seed(0)
     overlap = torch.rand(2, 5000) * 0.29
     foreground = torch.zeros(2, 5000, dtype=torch.bool)
     foreground[0, :1000] = True
     foreground[1, :10] = True
-    matches = AnchorMatches(
-        torch.ones(2, 5000, dtype=torch.bool), foreground, overlap, torch.zeros(2, 5000).long()
-    )
     overlap[foreground] = 0.8
-    labels, inside_weight = sample_anchors(matches, 0.3, 256, 128)
+    drawn = sample_anchors(matches_of(foreground, overlap), 0.3, 256, 128)
+    labels = labels_of(*drawn, 5000)
     assert (labels == 1).sum(1).tolist() == [128, 10]
+    assert foreground[labels == 1].all() and not foreground[labels == 0].any()
     # Drawn with replacement: a few fewer distinct ones than asked for.
     background = (labels == 0).sum(1)
     assert 120 <= background[0] <= 128 and 235 <= background[1] <= 246
-    assert torch.equal(inside_weight.bool(), labels == 1)
 
 
 def test_few_background_candidates_are_all_taken():
-    matches = AnchorMatches(
-        torch.ones(1, 50, dtype=torch.bool),
-        torch.zeros(1, 50, dtype=torch.bool),
-        torch.cat([torch.zeros(1, 20), torch.full((1, 30), 0.5)], dim=1),
-        torch.zeros(1, 50).long(),
-    )
-    labels, _ = sample_anchors(matches, 0.3, 256, 128)
+    overlap = torch.cat([torch.zeros(1, 20), torch.full((1, 30), 0.5)], dim=1)
+    matches = matches_of(torch.zeros(1, 50, dtype=torch.bool), overlap)
+    labels = labels_of(*sample_anchors(matches, 0.3, 256, 128), 50)
     assert (labels[0, :20] == 0).all() and (labels[0, 20:] == -1).all()
+
+
+def test_anchors_outside_are_no_background():
+    inside = torch.arange(50)[None] < 7
+    matches = matches_of(torch.zeros(1, 50, dtype=torch.bool), torch.zeros(1, 50))
+    drawn = sample_anchors(matches._replace(inside=inside), 0.3, 256, 128)
+    assert torch.equal(labels_of(*drawn, 50) == 0, inside)
 
 
 def test_background_may_overwrite_low_overlap_foreground():
     """Every anchor is foreground by a tie at IoU 0.1 and a background candidate as well."""
-    matches = AnchorMatches(
-        torch.ones(1, 40, dtype=torch.bool),
-        torch.ones(1, 40, dtype=torch.bool),
-        torch.full((1, 40), 0.1),
-        torch.zeros(1, 40).long(),
-    )
-    labels, inside_weight = sample_anchors(matches, 0.3, 256, 128)
+    matches = matches_of(torch.ones(1, 40, dtype=torch.bool), torch.full((1, 40), 0.1))
+    labels = labels_of(*sample_anchors(matches, 0.3, 256, 128), 40)
     assert (labels == 0).all()
-    assert (inside_weight == 0).all()
+
+
+def test_overwritten_foreground_learns_no_box():
+    """One anchor, foreground by a tie and background by its overlap."""
+    anchors = torch.tensor([[0.0, 0, 15, 15]])
+    gt = torch.tensor([[[0.0, 0, 150, 150]]])
+    valid = torch.ones(1, 1, dtype=torch.bool)
+    targets = rpn_targets(anchors, gt, valid, torch.tensor([[200.0, 200, 1]]), **OPTIONS)
+    assert targets.labels.clamp(min=0).sum() == 0 and (targets.labels == 0).sum() == 1
+    assert not targets.bbox_targets.any() and not targets.bbox_weights.any()
 
 
 def test_no_ground_truth_leaves_background_alone():
@@ -177,7 +199,7 @@ def test_no_ground_truth_leaves_background_alone():
         torch.tensor([[100.0, 100.0, 1.0]]),
         **OPTIONS,
     )
-    assert targets.labels.tolist() == [[0, 0, -1]]
+    assert labels_of(targets.index, targets.labels, 3).tolist() == [[0, 0, -1]]
     assert targets.bbox_weights.sum() == 0 and targets.bbox_targets.sum() == 0
 
 
@@ -191,6 +213,27 @@ def test_weights_are_one_over_the_used_anchors():
         torch.tensor([[100.0, 100.0, 1.0]]),
         **OPTIONS,
     )
-    assert targets.labels.tolist() == [[1, 0, 0]]
-    torch.testing.assert_close(targets.bbox_weights, torch.tensor([[1 / 3, 0, 0]]))
+    assert labels_of(targets.index, targets.labels, 3).tolist() == [[1, 0, 0]]
+    weights = torch.where(targets.labels == 1, 1 / 3, 0.0)
+    torch.testing.assert_close(targets.bbox_weights, weights)
     assert targets.bbox_targets.abs().sum() == 0
+
+
+def test_deltas_lead_from_each_anchor_to_its_own_ground_truth():
+    torch.manual_seed(0)
+    rng = np.random.RandomState(4)
+    gt = torch.from_numpy(random_boxes(rng, 12, 300).clip(0, 399)).float().view(2, 6, 4)
+    anchors = torch.cat([gt[0] + 1, gt[1] - 2, torch.from_numpy(random_boxes(rng, 300)).float()])
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    im_info = torch.tensor([[400.0, 400, 1]] * 2)
+    targets = rpn_targets(anchors, gt, valid, im_info, **OPTIONS)
+    matches = match_anchors(anchors, gt, valid, im_info, 0.7, 0)
+    for image in range(2):
+        own = targets.labels[image] == 1
+        index = targets.index[image, own]
+        assert len(index) >= 4
+        moved = box_utils.bbox_transform(anchors[index], targets.bbox_targets[image, own])
+        torch.testing.assert_close(
+            moved, gt[image, matches.gt_index[image, index]], atol=1e-3, rtol=0
+        )
+        assert not targets.bbox_targets[image, ~own].any()
