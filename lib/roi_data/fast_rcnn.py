@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import ops
 import utils.boxes as box_utils
 
 
@@ -139,9 +140,8 @@ def match_rois(
         valid: (N, P) bool.
         gt_boxes: (N, G, 4); gt_classes: (N, G), 0 in padding.
     """
-    overlaps = box_utils.bbox_overlaps(boxes, gt_boxes)
-    overlaps = torch.where((gt_classes > 0).unsqueeze(1), overlaps, -1.0)
-    max_overlap, gt_index = overlaps.max(dim=2)
+    # Which are foreground is of no use here: from IoU 0 on all are, which needs no search for ties.
+    _, _, max_overlap, gt_index = ops.match_anchors(boxes, gt_boxes, gt_classes > 0, None, 0, -1)
     if num_own:
         # A ground truth is its own match, also where another has the same box.
         gt_index[:, :num_own] = torch.arange(num_own, device=boxes.device)
