@@ -133,22 +133,21 @@ class _RPN(nn.Module):
             targets: as roi_data.rpn.rpn_targets gives them.
         """
         index, used = targets.index, targets.labels >= 0
-        scores = torch.cat([_by_anchor(x, 1) for x in logits], dim=1).squeeze(-1)
-        pred = torch.cat([_by_anchor(x, 4) for x in deltas], dim=1)
+        level, places = _levels_of(index, [x[0].numel() for x in logits])
         bce = F.binary_cross_entropy_with_logits(
-            scores.gather(1, index).float(),
+            _gather(logits, 1, level, places).squeeze(-1),
             targets.labels.clamp(min=0).float(),
             weight=used.float(),
             reduction="none",
         )
         smooth = F.smooth_l1_loss(
-            pred.gather(1, index.unsqueeze(-1).expand(-1, -1, 4)).float(),
+            _gather(deltas, 4, level, places),
             targets.bbox_targets,
             beta=1.0 / 9,
             reduction="none",
         )
         box = smooth.sum(dim=-1) * targets.bbox_weights
-        in_level = self._in_levels(index, [x[0].numel() for x in logits])
+        in_level = level == torch.arange(len(logits), device=index.device).view(-1, 1, 1)
         sums = torch.where(in_level.unsqueeze(1), torch.stack([bce, box]), 0.0).sum(dim=(2, 3))
         if self.softmax or not self.multilevel:
             cls_norm = (in_level & used).sum(dim=(1, 2)).clamp(min=1)
@@ -156,22 +155,40 @@ class _RPN(nn.Module):
             cls_norm = cfg.TRAIN.RPN_BATCH_SIZE_PER_IM * len(index)
         cls, box = (sums[:, 0] / cls_norm).unbind(), (sums[:, 1] / len(index)).unbind()
         losses = {}
-        for level, name in enumerate(self.level_names):
-            losses[f"loss_rpn_cls{name}"] = cls[level]
-            losses[f"loss_rpn_bbox{name}"] = box[level]
+        for i, name in enumerate(self.level_names):
+            losses[f"loss_rpn_cls{name}"] = cls[i]
+            losses[f"loss_rpn_bbox{name}"] = box[i]
         return losses
 
-    def _in_levels(self, index: Tensor, counts: list[int]) -> Tensor:
-        """(L, N, S) bool: which anchors `index` (N, S) are of which level, of so many each."""
-        level = torch.zeros_like(index)
-        for start in itertools.accumulate(counts[:-1]):
+
+def _levels_of(index: Tensor, counts: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """Where anchors `index` (N, S) of all levels side by side are, of so many anchors each.
+
+    Returns:
+        The level (N, S) int64, and for each level the place (N, S) among its own anchors: some
+        place in it for those of other levels.
+    """
+    level, places = torch.zeros_like(index), []
+    for start, count in zip(itertools.accumulate(counts, initial=0), counts, strict=False):
+        if start:
             level += index >= start
-        return level == torch.arange(len(counts), device=index.device).view(-1, 1, 1)
+        places.append((index - start).remainder(count))
+    return level, places
 
 
-def _by_anchor(maps: Tensor, values: int) -> Tensor:
-    """(N, H * W * A, values) of maps (N, A * values, H, W), in the order of the anchors."""
-    return maps.permute(0, 2, 3, 1).reshape(len(maps), -1, values)
+def _gather(maps: list[Tensor], values: int, level: Tensor, places: list[Tensor]) -> Tensor:
+    """(N, S, values) float32 of the levels' maps (N, A * values, H, W), places as _levels_of().
+
+    Level by level, so that neither the maps nor their gradients are copied side by side.
+    """
+    found = [
+        x.permute(0, 2, 3, 1)
+        .reshape(len(x), -1, values)
+        .gather(1, place.unsqueeze(-1).expand(-1, -1, values))
+        for x, place in zip(maps, places, strict=True)
+    ]
+    own = level.view(1, *level.shape, 1).expand(-1, -1, -1, values)
+    return torch.stack(found).gather(0, own).squeeze(0).float()
 
 
 class single_scale_rpn_outputs(_RPN):
