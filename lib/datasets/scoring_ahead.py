@@ -41,6 +41,7 @@ class ScoringAhead:
     def __init__(self, dataset: JsonDataset, kinds: Sequence[str], output_dir: Path) -> None:
         self._kinds = list(kinds)
         self._waiting: list[ImageFound] = []
+        self._failure: RuntimeError | None = None
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
@@ -74,7 +75,11 @@ class ScoringAhead:
         cls_segms: Sequence | None,
         cls_keyps: Sequence | None,
     ) -> None:
-        """Hand over what was found in an image of the data set, by label."""
+        """Hand over what was found in an image of the data set, by label.
+
+        Raises UserError as `result` does. Another failure waits for `result`: the test goes on, so
+        that its detections come to be in a file.
+        """
         self._waiting.append(
             image_found(
                 position,
@@ -100,6 +105,8 @@ class ScoringAhead:
 
         Raises what went wrong: UserError, or RuntimeError with the process's traceback.
         """
+        if self._failure is not None:
+            raise self._failure
         try:
             answer = self._connection.recv()
         except (EOFError, OSError):
@@ -115,13 +122,18 @@ class ScoringAhead:
         return answer
 
     def _send(self, images: list[ImageFound]) -> None:
+        if self._failure is not None:
+            return
         try:
             # Nothing means the end.
             content = pickle.dumps(images, pickle.HIGHEST_PROTOCOL) if images else b""
             self._connection.send_bytes(content)
         except OSError:
-            self.result()  # says why nobody reads
-            raise
+            try:
+                self.result()  # says why nobody reads
+            except RuntimeError as error:
+                logger.warning("%s\nThe test goes on without it, to fail at its end.", error)
+                self._failure = error
 
 
 def _serve(
@@ -154,13 +166,15 @@ def _score(
 
     made = []
     pool = forked_pool(min(default_processes(), MOST_PROCESSES), parts_of)
-    while images := connection.recv_bytes():
-        made.append(pool.submit(call_shared, images))
-        for part in made:
-            if part.done():
-                part.result()  # raises what went wrong there
-    by_image = [part.result() for part in made]
-    pool.shutdown(wait=False)
+    try:
+        while images := connection.recv_bytes():
+            made.append(pool.submit(call_shared, images))
+            for part in made:
+                if part.done():
+                    part.result()  # raises what went wrong there
+        by_image = [part.result() for part in made]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     by_kind = dict(zip(kinds, zip(*by_image, strict=True), strict=True))
     of_kind = dict(zip(kinds, results, strict=True))
 

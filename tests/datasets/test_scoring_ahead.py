@@ -111,11 +111,13 @@ def test_a_user_s_mistake_stays_one(dataset, tmp_path, monkeypatch):
         ahead.result()
 
 
-def test_a_process_that_is_killed_is_named(dataset, tmp_path):
+def test_a_process_that_is_killed_is_named_in_the_end(dataset, tmp_path, caplog):
     with ScoringAhead(dataset, ["bbox"], tmp_path) as ahead:
         ahead._process.kill()
+        ahead._process.join()
+        hand_over(ahead, detections(dataset), np.arange(IMAGES))  # the test itself goes on
+        assert caplog.text.count("has ended by itself") == 1
         with pytest.raises(RuntimeError, match="has ended by itself"):
-            hand_over(ahead, detections(dataset), np.arange(IMAGES))
             ahead.result()
 
 
