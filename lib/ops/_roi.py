@@ -69,12 +69,3 @@ def fake_maps(grad: Tensor, sizes: Sequence[int], channels_last: bool) -> list[T
         )
         for height, width in zip(extents[::2], extents[1::2], strict=True)
     ]
-
-
-def refuse_second_derivative(name: str) -> None:
-    """Make differentiating the operator's gradient an error rather than a silent zero."""
-
-    def refuse(ctx, *grads):
-        raise NotImplementedError(f"{name} has no second derivative")
-
-    torch.library.register_autograd(f"detectron::{name}_backward", refuse)
