@@ -145,7 +145,7 @@ def test_opcheck():
 
 
 def on_gpu(args):
-    return [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+    return tuple(x.cuda() if isinstance(x, torch.Tensor) else x for x in args)
 
 
 @pytest.mark.gpu
