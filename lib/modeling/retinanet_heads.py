@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nn as mynn
+import ops
 import utils.boxes as box_utils
 from core.config import cfg
 from modeling.blobs import layer_blobs
@@ -141,7 +142,7 @@ class fpn_retinanet_outputs(nn.Module):
             targets: of all levels side by side.
         """
         options = cfg.RETINANET
-        focal_loss = mynn.softmax_focal_loss if self.softmax else mynn.sigmoid_focal_loss
+        focal_loss = mynn.softmax_focal_loss if self.softmax else ops.sigmoid_focal_loss
         normalizer = targets.fg_num.clamp(min=1)
         losses, start = {}, 0
         for level, level_logits, level_deltas in zip(self.levels, logits, deltas, strict=True):

@@ -3,7 +3,7 @@
 from nn import init
 from nn.affine import AffineChannel2d
 from nn.convolution import conv_norm, conv_norm_lateral, conv_stack
-from nn.focal_loss import sigmoid_focal_loss, softmax_focal_loss
+from nn.focal_loss import softmax_focal_loss
 from nn.parallel import DataParallel
 from nn.upsample import BilinearInterpolation2d
 
@@ -15,6 +15,5 @@ __all__ = [
     "conv_norm_lateral",
     "conv_stack",
     "init",
-    "sigmoid_focal_loss",
     "softmax_focal_loss",
 ]

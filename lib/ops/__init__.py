@@ -14,6 +14,7 @@ from .roi_align import roi_align
 from .roi_crop import roi_crop
 from .roi_pool import roi_pool
 from .sample_anchors import sample_anchors
+from .sigmoid_focal_loss import sigmoid_focal_loss
 from .soft_nms import METHODS as SOFT_NMS_METHODS
 from .soft_nms import batched_soft_nms, soft_nms
 from .upsample_add import upsample_add
@@ -38,6 +39,7 @@ __all__ = [
     "roi_crop",
     "roi_pool",
     "sample_anchors",
+    "sigmoid_focal_loss",
     "soft_nms",
     "upsample_add",
 ]

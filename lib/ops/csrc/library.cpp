@@ -67,6 +67,9 @@ TORCH_LIBRARY(detectron, m) {
       "sample_anchors(Tensor foreground, Tensor background, Tensor random, int max_foreground)"
       " -> (Tensor, Tensor)");
   m.def(
+      "sigmoid_focal_loss(Tensor logits, Tensor labels, float alpha, float gamma, bool with_grad)"
+      " -> (Tensor, Tensor)");
+  m.def(
       "conv_act(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, bool relu,"
       " int[2] stride, int[2] padding, int[2] dilation, bool transposed, int groups) -> Tensor");
   m.def("upsample_add(Tensor lateral, Tensor top) -> Tensor");
@@ -130,6 +133,7 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
   m.impl("channel_sum", &detectron::cuda::channel_sum);
   m.impl("add_upsampled", &detectron::cuda::add_upsampled);
   m.impl("sum_2x2", &detectron::cuda::sum_2x2);
+  m.impl("sigmoid_focal_loss", &detectron::cuda::sigmoid_focal_loss);
   m.impl("match_anchors", &detectron::cuda::match_anchors);
   m.impl("sample_anchors", &detectron::cuda::sample_anchors);
 }
@@ -150,7 +154,8 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
                            "batched_soft_nms", "box_voting", "paste_masks", "encode_masks",
                            "group_norm", "group_norm_backward",
                            "bias_act_", "relu_backward", "channel_sum", "add_upsampled",
-                           "sum_2x2", "match_anchors", "sample_anchors"}) {
+                           "sum_2x2", "match_anchors", "sample_anchors",
+                           "sigmoid_focal_loss"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
   }
 }

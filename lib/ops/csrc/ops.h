@@ -86,4 +86,10 @@ DETECTRON_OPS(cpu)
 DETECTRON_OPS(cuda)
 #undef DETECTRON_OPS
 
+namespace cuda {
+// On the CPU it is torch's own passes: lib/ops/sigmoid_focal_loss.py.
+std::tuple<Tensor, Tensor> sigmoid_focal_loss(
+    const Tensor& logits, const Tensor& labels, double alpha, double gamma, bool with_grad);
+}  // namespace cuda
+
 }  // namespace detectron
