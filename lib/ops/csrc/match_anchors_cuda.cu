@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) find_best(MatchAnchors p) {
       }
       for (int k = 0; k < found.count; ++k) {
         const float iou = anchor.inside ? overlap_with(tile, k, anchor.box) : 0.f;
-        if (iou > overlap) {
+        if (anchor.inside && iou > overlap) {
           overlap = iou;
           index = tile.index[k];
         }
