@@ -36,10 +36,18 @@ from utils.cuda_graphs import CudaGraphs
 CANDIDATES = 4096
 TOO_MANY = -1
 
-# The dictionaries that hold a model's tensors and parts, and the ids of all that is in them.
-Places = tuple[list[dict[str, Any]], list[int]]
 
-_graphs: weakref.WeakKeyDictionary[nn.Module, tuple[CudaGraphs, Places]] = (
+class _Parts(NamedTuple):
+    """What recordings of a model read. Nothing here keeps the model, which its parts refer to."""
+
+    tensors: list[dict[str, Tensor | None]]  # its modules' dictionaries of them
+    modules: weakref.WeakSet[nn.Module]  # itself and those that it consists of
+    parents: list[weakref.ref[nn.Module]]  # those of them that consist of others
+    number: int  # of modules
+    ids: list[int]  # of all tensors and parts
+
+
+_graphs: weakref.WeakKeyDictionary[nn.Module, tuple[CudaGraphs, _Parts]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -118,25 +126,30 @@ def queue_in_slots(
 
 def graphs_of(net: nn.Module) -> CudaGraphs:
     """The recordings of a model's calls; new ones once a tensor or a part of it was replaced."""
-    graphs, (places, ids) = _graphs.get(net, (None, ([], [])))
-    if graphs is None or _ids(places) != ids:
-        # The recordings keep the tensors, so that no other gets the id of one of them.
+    graphs, parts = _graphs.get(net, (None, None))
+    if graphs is None or not _unchanged(parts):
         graphs = CudaGraphs([*net.parameters(), *net.buffers()])
-        _graphs[net] = graphs, _places(net)
+        _graphs[net] = graphs, _parts_of(net)
     return graphs
 
 
-def _places(net: nn.Module) -> Places:
-    places = [
-        place
-        for module in net.modules()
-        for place in (module._parameters, module._buffers, module._modules)
-        if place
-    ]
-    return places, _ids(places)
+def _parts_of(net: nn.Module) -> _Parts:
+    modules = [*net.modules()]
+    tensors = [place for m in modules for place in (m._parameters, m._buffers) if place]
+    parents = [weakref.ref(module) for module in modules if module._modules]
+    return _Parts(tensors, weakref.WeakSet(modules), parents, len(modules), _ids(tensors, parents))
 
 
-def _ids(places: list[dict[str, Any]]) -> list[int]:
+def _unchanged(parts: _Parts) -> bool:
+    # While all modules live no other has the id of one. The recordings keep the tensors alive.
+    alive = len(parts.modules) == parts.number
+    return alive and _ids(parts.tensors, parts.parents) == parts.ids
+
+
+def _ids(
+    tensors: list[dict[str, Tensor | None]], parents: list[weakref.ref[nn.Module]]
+) -> list[int]:
+    places: list[dict[str, Any]] = [*tensors, *(parent()._modules for parent in parents)]
     return [*map(id, chain.from_iterable(map(dict.values, places)))]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -260,11 +262,24 @@ def test_recordings_are_not_kept_for_replaced_weights():
     def replace_part():
         net[1] = torch.nn.BatchNorm2d(3)
 
-    for replace in (replace_weight, replace_all, replace_buffer, replace_part):
+    def replace_part_twice():  # the second takes the place in memory of the one that was there
+        net[1] = torch.nn.BatchNorm2d(3)
+        net[1] = torch.nn.BatchNorm2d(3)
+
+    for replace in (replace_weight, replace_all, replace_buffer, replace_part, replace_part_twice):
         before = test_slots.graphs_of(net)
         replace()
         assert test_slots.graphs_of(net) is not before
         assert test_slots.graphs_of(net) is test_slots.graphs_of(net)
+
+
+def test_recordings_go_with_their_model(shared, cfg):
+    model = golden_model("tiny_mask_FPN", shared)
+    test_slots.graphs_of(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.gpu
