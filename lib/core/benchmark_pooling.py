@@ -44,14 +44,14 @@ def pooling_rows(
             "roi_pool",
             channels,
             lambda f, r: ops.roi_pool(f, r, CELLS, scale),
-            lambda f, r: peers.roi_pool(f, r.to(f.dtype), CELLS, scale),
+            lambda f, r: peers.roi_pool(f, r, CELLS, scale),
         ),
         ("roi_crop", channels, lambda f, r: ops.roi_crop(f, r, CELLS, scale), None),
         (
             "ps_roi_pool",
             shared,
             lambda f, r: ops.ps_roi_pool(f, r, CELLS, scale),
-            lambda f, r: peers.ps_roi_pool(f, r.to(f.dtype), CELLS, scale),
+            lambda f, r: peers.ps_roi_pool(f, r, CELLS, scale),
         ),
     ]
     layouts = ((torch.float32, "NCHW"), (half, "channels_last"))
@@ -66,15 +66,22 @@ def pooling_rows(
         ]
         grad = torch.randn_like(ours(features[0], sets[0]))
         known = peer is not None and _knows(peer, dtype, device)
+        theirs = [rois.to(dtype) for rois in sets]  # torchvision wants RoIs in the maps' type
 
-        def forward(pool: Callable, i: int, features: list[Tensor] = features) -> Tensor:
+        def forward(
+            pool: Callable, rois: list[Tensor], i: int, features: list[Tensor] = features
+        ) -> Tensor:
             with torch.no_grad():
-                return pool(features[i % 2], sets[i % SETS])
+                return pool(features[i % 2], rois[i % SETS])
 
         def both(
-            pool: Callable, i: int, features: list[Tensor] = features, grad: Tensor = grad
+            pool: Callable,
+            rois: list[Tensor],
+            i: int,
+            features: list[Tensor] = features,
+            grad: Tensor = grad,
         ) -> object:
-            out = pool(features[i % 2], sets[i % SETS])
+            out = pool(features[i % 2], rois[i % SETS])
             return torch.autograd.grad(out, features[i % 2], grad)
 
         kind = f"{str(dtype).removeprefix('torch.')} {layout}"
@@ -82,10 +89,10 @@ def pooling_rows(
         for what, run in (("forward", forward), ("fwd+bwd", both)):
             timings = compared.setdefault(f"{name} {what}", {})
             if known:
-                timing = measure(functools.partial(run, peer), device)
+                timing = measure(functools.partial(run, peer, theirs), device)
                 timings.clear()
                 timings[f"torchvision {kind}"] = timing
-            timing = measure(functools.partial(run, ours), device)
+            timing = measure(functools.partial(run, ours, sets), device)
             yield Row(f"{name} {what}", case, timing, dict(timings))
 
 
@@ -94,7 +101,7 @@ def _knows(peer: Callable, dtype: torch.dtype, device: torch.device) -> bool:
     try:
         peer(
             torch.zeros(1, channels, 4, 4, dtype=dtype, device=device),
-            torch.zeros(1, 5, device=device),
+            torch.zeros(1, 5, dtype=dtype, device=device),
         )
     except RuntimeError:  # '"..." not implemented for 'BFloat16''
         return False
