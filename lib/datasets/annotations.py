@@ -88,6 +88,8 @@ def _check(data: Any, path: Path) -> None:
     for key in ("images", "categories"):
         if not isinstance(data.get(key), list):
             raise UserError(f"annotation file {path} is not in COCO's format: no list {key!r}")
+    if not data["images"]:
+        raise UserError(f"annotation file {path} lists no images; name one that does")
     _require(data["images"], ("id", "file_name", "height", "width"), "image", path)
     _require(data["categories"], ("id", "name"), "category", path)
     for image in data["images"]:

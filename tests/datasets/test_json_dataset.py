@@ -200,6 +200,7 @@ def first(section, **changes):
     [
         (without("images"), "no list 'images'"),
         (without("categories"), "no list 'categories'"),
+        (lambda data: data.update(images=[]), "lists no images"),
         (lambda data: data["images"][0].pop("width"), "image number 0 has no 'width'"),
         (lambda data: data["annotations"][2].pop("bbox"), "annotation number 2 has no 'bbox'"),
         (first("annotations", category_id=99), "annotation 11 has category_id 99"),
