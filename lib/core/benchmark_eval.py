@@ -86,11 +86,12 @@ def synthesise(dataset: JsonDataset, rng: np.random.Generator) -> dict[str, list
     coco = dataset.COCO
     results: dict[str, list[dict]] = {"bbox": [], "segm": [], "keypoints": []}
     categories = sorted(coco.cats)
-    masks: dict[int, np.ndarray] = {}  # of the data set's own images, which may repeat
+    # Of an image's objects: the same image may come again, under another id.
+    masks: dict[tuple[str, int], np.ndarray] = {}
     for image_id in dataset.image_ids:
         image = coco.imgs[image_id]
         height, width = image["height"], image["width"]
-        for found in coco.imgToAnns.get(image_id, []):
+        for number, found in enumerate(coco.imgToAnns.get(image_id, [])):
             if rng.random() > FOUND:
                 continue
             for _ in range(rng.integers(1, 3)):
@@ -102,7 +103,7 @@ def synthesise(dataset: JsonDataset, rng: np.random.Generator) -> dict[str, list
                 shift = np.rint(rng.normal(0, SHIFT, 2) * box[2:])
                 results["bbox"].append(ids | {"bbox": [*(box[:2] + shift), *box[2:]]})
                 if found["segmentation"]:
-                    key = id(found["segmentation"])
+                    key = image["file_name"], number
                     if key not in masks:
                         masks[key] = coco.annToMask(found)
                     moved = np.roll(masks[key], shift[::-1].astype(int), (0, 1))
