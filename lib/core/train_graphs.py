@@ -20,7 +20,6 @@ from torch import Tensor
 
 from core.errors import UserError
 from roi_data.minibatch import GROWING_INPUTS
-from utils.cuda_graphs import graph_recording
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +122,8 @@ class RecordedCalls:
         begin, self._under_way = time.perf_counter(), True
         graph, stream = torch.cuda.CUDAGraph(), training_stream(self._device)
         try:
-            with graph_recording(graph, self._pool, stream):
+            # Threads that pin batches or write checkpoints may go on as they like.
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                 recorded = _Recorded(graph, self._function(**inputs))
         except torch.cuda.OutOfMemoryError:
             raise

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,23 +17,6 @@ _one_at_a_time = threading.Lock()  # a process can record one graph
 
 Outputs = tuple[Tensor | None, ...]
 Function = Callable[..., Outputs]
-
-
-@contextlib.contextmanager
-def graph_recording(
-    graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.cuda.Stream
-) -> Iterator[None]:
-    """Record what the block queues. Other threads may go on allocating and copying meanwhile.
-
-    Workspaces of cuBLAS are let go before and after, so that the recording's own lies in its pool
-    and ends with it: one that is kept for every stream would stay.
-    """
-    torch._C._cuda_clearCublasWorkspaces()
-    try:
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            yield
-    finally:
-        torch._C._cuda_clearCublasWorkspaces()
 
 
 @dataclass(frozen=True)
@@ -150,12 +132,15 @@ class CudaGraphs:
                 for i, y in enumerate(results)
             ]
             graph = torch.cuda.CUDAGraph()
-            # Casts of weights that autocast keeps from call to call would be missing here. A
-            # recording that breaks off would leave its stream the current one.
+            # Casts of weights that autocast keeps from call to call would be missing here. Other
+            # threads may go on allocating and copying meanwhile. A recording that breaks off would
+            # leave its stream the current one.
             with (
                 _autocast_without_cache(),
                 torch.cuda.stream(torch.cuda.current_stream()),
-                graph_recording(graph, self._pool, self._stream),
+                torch.cuda.graph(
+                    graph, self._pool, self._stream, capture_error_mode="thread_local"
+                ),
             ):
                 for buffer, y in zip(outputs, function(*static), strict=True):
                     if buffer is not None:
