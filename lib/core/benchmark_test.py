@@ -170,7 +170,7 @@ def benchmark_test(
         "images": num_images,
         "batch_size": batch_size,
         "amp": amp,
-        "decoding_processes": cfg.DATA_LOADER.NUM_THREADS,
+        "decoding_threads": cfg.DATA_LOADER.NUM_THREADS,
         "score_thresh": cfg.TEST.SCORE_THRESH,
     }
     return TestBenchmark(

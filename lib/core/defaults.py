@@ -75,7 +75,7 @@ TRAIN = AttrDict(
 )
 
 DATA_LOADER = AttrDict(
-    NUM_THREADS=4,  # worker processes that read images; 0 reads in the main process
+    NUM_THREADS=4,  # processes (when testing, threads) that read images; 0: the main one does
     ON_BAD_IMAGE="raise",  # an image that cannot be read: raise stops, skip takes another
 )
 

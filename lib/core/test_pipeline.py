@@ -1,7 +1,8 @@
 """Image files to detections, with three things going on at once.
 
-Worker processes decode the images to come, the model's device works on a batch, and threads paste
-and encode the masks of the batches before.
+Threads decode the images to come, the model's device works on a batch, and other threads paste and
+encode the masks of the batches before. Not processes: decoders let go of Python's lock, and
+a process takes the longer to start the more memory it is to share.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from core.config import cfg
 from core.errors import UserError
@@ -42,6 +41,7 @@ T = TypeVar("T")
 Done = TypeVar("Done")
 
 FINISHING_THREADS = 2
+BATCHES_AHEAD = 2  # decoded, of each thread
 # Images whose masks may wait to be pasted; they hold device memory.
 MOST_UNFINISHED = 32
 
@@ -74,23 +74,20 @@ class DecodedBatch(NamedTuple):
         ]
 
 
-class _ImageFiles(Dataset):
-    """Batches of decoded files. A worker returns an error as a value: raised, it would lose its
-    sentence."""
+class _ImageFiles:
+    """Batches of decoded files. An error is a value: raised, it would end those beside it."""
 
     def __init__(
         self,
         paths: Sequence[str | Path],
         sizes: Sequence[tuple[int, int]] | None,
         batches: list[list[int]],
+        pinned: bool,
     ) -> None:
         self.paths = [str(path) for path in paths]
-        self.sizes, self.batches = sizes, batches
+        self.sizes, self.batches, self.pinned = sizes, batches, pinned
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> DecodedBatch:
+    def batch(self, number: int) -> DecodedBatch:
         images, indices, errors = [], [], []
         for index in self.batches[number]:
             size = None if self.sizes is None else self.sizes[index]
@@ -99,8 +96,9 @@ class _ImageFiles(Dataset):
                 indices.append(index)
             except UserError as error:
                 errors.append((index, str(error)))
-        packed = pack_images(images) if images else (torch.empty(0, dtype=torch.uint8), [])
-        return DecodedBatch(indices, *packed, errors)
+        if not images:
+            return DecodedBatch(indices, torch.empty(0, dtype=torch.uint8), [], errors)
+        return DecodedBatch(indices, *pack_images(images, self.pinned), errors)
 
 
 def detect_files(
@@ -123,7 +121,7 @@ def detect_files(
         sizes: (height, width) of each, if known: images of equal padded size then share a batch,
             and a file of another size counts as unreadable.
         batch_size: images a forward pass at most; 1 without `sizes`.
-        num_workers: processes that decode, at most one a CPU; 0 decodes in this one.
+        num_workers: threads that decode, at most one a CPU; 0 decodes in this one.
         amp: `off`, `bf16` or `fp16`: precision of the network.
         left_right: as for `core.test.detect_batch`.
         proposals: (P, 4) boxes of each file, in its pixels, for a model without an RPN.
@@ -182,13 +180,27 @@ def decoded_batches(
     device: torch.device,
 ) -> Iterable[DecodedBatch]:
     """Files decoded ahead of their use, in batches for a device; arguments as of detect_files."""
-    return DataLoader(
-        _ImageFiles(paths, sizes, plan_batches(len(paths), sizes, batch_size)),
-        batch_size=None,
-        num_workers=min(num_workers, os.cpu_count() or 1),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_quiet_worker,
-    )
+    batches = plan_batches(len(paths), sizes, batch_size)
+    files = _ImageFiles(paths, sizes, batches, pinned=device.type == "cuda")
+    threads = min(num_workers, os.cpu_count() or 1)
+    if threads == 0:
+        return map(files.batch, range(len(batches)))
+    return _decoded_ahead(files, threads)
+
+
+def _decoded_ahead(files: _ImageFiles, threads: int) -> Iterator[DecodedBatch]:
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(threads, "decode") as pool:
+        try:
+            for number in range(len(files.batches)):
+                waiting.append(pool.submit(files.batch, number))
+                if len(waiting) > BATCHES_AHEAD * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for batch in waiting:  # nobody wants them any more
+                batch.cancel()
 
 
 class Stages:
@@ -238,11 +250,6 @@ def plan_batches(
         for group in alike.values()
         for start in range(0, len(group), batch_size)
     ]
-
-
-def _quiet_worker(worker_id: int) -> None:
-    # One process decodes one image; OpenCV's own threads would only compete with the others.
-    cv2.setNumThreads(0)
 
 
 def one_ahead(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import threading
 
-from core.test_pipeline import one_ahead
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from core.test_pipeline import decoded_batches, one_ahead
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4])
@@ -26,3 +31,33 @@ def test_one_is_queued_while_another_is_waited_for(count):
         assert events.index(("queue", begun)) < events.index(("wait", item))
         if item + 2 < count:
             assert events.index(("wait", item)) < events.index(("queue", item + 2))
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    """Twenty images of two sizes, one of which is none."""
+    paths = [str(tmp_path / f"{i}.png") for i in range(20)]
+    for i, path in enumerate(paths):
+        cv2.imwrite(path, np.full((8 + i % 2, 6, 3), i, dtype=np.uint8))
+    (tmp_path / "7.png").write_text("no image")
+    return paths
+
+
+def test_decoding_ahead_gives_the_same_batches_in_order(files):
+    sizes = [(8 + i % 2, 6) for i in range(20)]
+    arguments = (files, sizes, 3), torch.device("cpu")
+    alone = list(decoded_batches(*arguments[0], 0, arguments[1]))
+    ahead = list(decoded_batches(*arguments[0], 2, arguments[1]))
+    assert [b.indices for b in ahead] == [b.indices for b in alone]
+    assert [b.errors for b in ahead] == [b.errors for b in alone]
+    assert [index for b in ahead for index, _ in b.errors] == [7]
+    for batch in ahead:
+        for index, image in zip(batch.indices, batch.images(), strict=True):
+            assert image.shape == (*sizes[index], 3) and (image == index).all()
+
+
+def test_decoding_ends_with_whoever_wants_the_images(files):
+    batches = decoded_batches(files, None, 1, 2, torch.device("cpu"))
+    next(batches)
+    batches.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
