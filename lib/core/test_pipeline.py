@@ -36,12 +36,12 @@ from core.test_augment import Pairs
 from core.train_engine import AMP_DTYPES
 from utils.blob import Placed, pack_images
 from utils.image import read_image
+from utils.threads import map_ahead
 
 T = TypeVar("T")
 Done = TypeVar("Done")
 
 FINISHING_THREADS = 2
-BATCHES_AHEAD = 2  # decoded, of each thread
 # Images whose masks may wait to be pasted; they hold device memory.
 MOST_UNFINISHED = 32
 
@@ -185,22 +185,7 @@ def decoded_batches(
     threads = min(num_workers, os.cpu_count() or 1)
     if threads == 0:
         return map(files.batch, range(len(batches)))
-    return _decoded_ahead(files, threads)
-
-
-def _decoded_ahead(files: _ImageFiles, threads: int) -> Iterator[DecodedBatch]:
-    waiting: deque[Future] = deque()
-    with ThreadPoolExecutor(threads, "decode") as pool:
-        try:
-            for number in range(len(files.batches)):
-                waiting.append(pool.submit(files.batch, number))
-                if len(waiting) > BATCHES_AHEAD * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for batch in waiting:  # nobody wants them any more
-                batch.cancel()
+    return map_ahead(files.batch, range(len(batches)), threads)
 
 
 class Stages:

@@ -6,9 +6,7 @@ import glob
 import os
 import queue
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, TextIO, TypeVar
 
@@ -17,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from core.errors import UserError
 from utils.image import read_image
+from utils.threads import map_ahead
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 # The network sees about 1,333 pixels; far larger images only take memory, or are an attack.
@@ -110,15 +109,7 @@ def read_photos(
         except UserError as error:
             return error
 
-    waiting: deque[tuple[int, Future]] = deque()
-    with ThreadPoolExecutor(max(1, threads), "decode") as pool:
-        for index, path in enumerate(paths):
-            waiting.append((index, pool.submit(read, path)))
-            if len(waiting) > 2 * threads:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for index, future in waiting:
-            yield index, future.result()
+    return enumerate(map_ahead(read, paths, max(1, threads)))
 
 
 def read_ahead(items: Iterable[T], count: int) -> Iterator[T]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import cv2
 import numpy as np
 import pytest
@@ -54,10 +52,3 @@ def test_decoding_ahead_gives_the_same_batches_in_order(files):
     for batch in ahead:
         for index, image in zip(batch.indices, batch.images(), strict=True):
             assert image.shape == (*sizes[index], 3) and (image == index).all()
-
-
-def test_decoding_ends_with_whoever_wants_the_images(files):
-    batches = decoded_batches(files, None, 1, 2, torch.device("cpu"))
-    next(batches)
-    batches.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
