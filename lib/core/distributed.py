@@ -113,18 +113,25 @@ def device_of(launch: Launch, devices: list[torch.device]) -> list[torch.device]
 def distribute(model: nn.Module) -> nn.Module:
     """The model as torch's DistributedDataParallel, or itself for a single process.
 
-    Rank 0's weights become everyone's. Gradients are means over the ranks.
+    Rank 0's weights become everyone's. The gradients of vectors (biases, weights of normalisations)
+    stay this rank's own until `exchange_the_rest`: each would be copied and divided by itself, and
+    they are most of the parameters.
     """
     if world_size() == 1:
         return model
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     # It is said of 1x1 convolutions in channels_last: strides of sizes of 1, which mean nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with on_training_stream(next(model.parameters()).device):
+        for vector in vectors:  # it only looks after what needs a gradient now
+            vector.requires_grad_(False)
         # Nothing but the frozen constants is a buffer: there is nothing to tell the others each
         # step.
         distributed = DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+        for vector in vectors:
+            vector.requires_grad_(True)
     # Every hundredth step it would read its clocks, which cannot be recorded (core.train_graphs).
     distributed._set_ddp_runtime_logging_sample_rate(1 << 30)
     return distributed
@@ -142,13 +149,27 @@ def without_exchange(model: nn.Module) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Elementwise mean; the host does not wait for it on a GPU."""
+def exchange_the_rest(model: nn.Module, values: Tensor) -> Tensor:
+    """After the last backward pass of a step, what the ranks have yet to agree on.
+
+    Args:
+        model: what `distribute` returned; its vectors' gradients become means over the ranks.
+        values: (n,) float32.
+
+    Returns:
+        (n,): means of the values over the ranks. The host does not wait for them on a GPU.
+    """
     if world_size() == 1:
         return values
-    total = values.clone()
-    dist.all_reduce(total)
-    return total / world_size()
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    own = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in vectors]
+    together = torch.cat([*(grad.flatten() for grad in own), values])
+    dist.all_reduce(together)
+    together /= world_size()
+    *means, values = together.split([*(p.numel() for p in vectors), len(values)])
+    for vector, mean in zip(vectors, means, strict=True):
+        vector.grad = mean.view_as(vector)
+    return values
 
 
 def gather_objects(value: Any) -> list[Any]:

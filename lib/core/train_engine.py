@@ -316,7 +316,7 @@ class _Loop:
 
         own: losses, then metrics, of this rank; returns their means over the ranks.
         """
-        values = ranks.mean_over_ranks(own)
+        values = ranks.exchange_the_rest(self._model.module, own)
         if not self._scaler.is_enabled():
             # As the scaler tells a fused optimizer that it must change nothing.
             finite = values[: len(names[0])].isfinite().all()
