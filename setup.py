@@ -155,6 +155,20 @@ def find_cudart(torch_folder: Path, cuda_version: str, toolkit: Path) -> Path:
     fail(f"libcudart of CUDA {cuda_version} found neither beside torch nor under {toolkit}")
 
 
+def find_libstdcxx() -> list[str]:
+    """The C++ library that torch is going to run with, for the linker.
+
+    Some compilers would put a second one into ours, and what is printed by one to a stream of the
+    other (the shapes in an error's sentence) is lost or crashes.
+    """
+    try:
+        ctypes.CDLL("libstdc++.so.6")
+    except OSError:
+        return []
+    loaded = Path("/proc/self/maps").read_text()
+    return re.findall(r"(/.*/libstdc\+\+\.so\.6.*)$", loaded, re.MULTILINE)[:1]
+
+
 # ---- what to build ----
 
 
@@ -209,7 +223,7 @@ def make_toolchain() -> Toolchain:
         cuda_flags=[],
         compile_cuda=None,
         link=[*cxx, "-shared", "-fopenmp", f"-L{lib}"],
-        libraries=["-lc10", "-ltorch_cpu"],
+        libraries=[*find_libstdcxx(), "-lc10", "-ltorch_cpu"],
         key=[version["__version__"], sys.platform],
     )
     if nvcc := choose_cuda(version):

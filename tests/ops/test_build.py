@@ -41,6 +41,16 @@ def test_forced_cuda_that_cannot_be_built_is_one_error(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_the_cpp_library_is_torchs_even_with_a_compiler_that_brings_its_own(tmp_path):
+    source = tmp_path / "lib" / "ops" / "csrc" / "library.cpp"
+    source.parent.mkdir(parents=True)
+    source.write_text("#include <iostream>\nvoid print(long number) { std::cout << number; }\n")
+    compiler = f"{os.environ.get('CXX', 'g++')} -static-libstdc++"
+    result = build(tmp_path, PATH=os.environ["PATH"], CXX=compiler)
+    assert "Built lib/ops/_C.so" in result.stdout, result.stderr
+    assert b"libstdc++.so" in (tmp_path / "lib" / "ops" / "_C.so").read_bytes()
+
+
 def test_a_missing_library_names_the_command_that_builds_it(tmp_path):
     shutil.copytree(ROOT / "lib" / "ops", tmp_path / "ops", ignore=shutil.ignore_patterns("*.so"))
     result = subprocess.run(
