@@ -16,20 +16,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from core.config import cfg
 from core.errors import UserError
 from core.test_forward import ImageBatch, plain_view
 from core.test_pipeline import decoded_batches, precision
-from core.test_results import PartFile, check_range, test_fingerprint
+from core.test_results import PartFile, check_range, config_text, test_fingerprint
 from datasets import task_evaluation
 from datasets.json_dataset import JsonDataset
 from datasets.proposals import read_proposal_file
 from utils.blob import Placed
 from utils.progress import Progress
-from utils.run_dir import make_folder, plain
+from utils.run_dir import make_folder
 from utils.weights import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ class ProposalResults:
             "boxes": self.boxes,
             "scores": self.scores,
             "ids": self.ids,
-            "cfg": yaml.safe_dump(plain(cfg), sort_keys=False),
+            "cfg": config_text(),
         }
         with atomic_write(path) as file:
             pickle.dump(content | extra, file, _PROTOCOL)

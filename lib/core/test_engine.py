@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -223,11 +224,10 @@ def detect_and_score(
     """
     stages = options.get("stages") or Stages()
     kinds = task_evaluation.kinds_of_coco(dataset)
-    if not kinds or not ScoringAhead.possible(len(dataset.image_ids)):
-        found = test_net(model, dataset, folder, **options)
-        with stages.timed("evaluate"):
-            return found, score(dataset, found, folder)
-    with ScoringAhead(dataset, kinds, folder) as ahead:
+    with only_young_garbage(), ExitStack() as context:
+        ahead = None
+        if kinds and ScoringAhead.possible(len(dataset.image_ids)):
+            ahead = context.enter_context(ScoringAhead(dataset, kinds, folder))
         found = test_net(model, dataset, folder, ahead=ahead, **options)
         with stages.timed("evaluate"):
             return found, score(dataset, found, folder, ahead)
@@ -256,6 +256,7 @@ def score_detections(file: str | Path, output_dir: str | Path) -> Results:
     return score(dataset, found, make_folder(output_dir))
 
 
+@only_young_garbage()
 def test_net(
     model: nn.Module,
     dataset: JsonDataset | str,
@@ -294,7 +295,7 @@ def test_net(
     folder = make_folder(output_dir)
     fingerprint = partial(test_fingerprint, model, roidb, amp=amp, vis=vis)
     part = PartFile(folder, start, end, fingerprint)
-    names = picture_names([entry["image"] for entry in roidb], "pdf")[start:end]
+    pictures = picture_names([entry["image"] for entry in roidb], "pdf") if vis else []
     roidb = roidb[start:end]
     remaining = part.remaining
     if len(remaining) < len(roidb):
@@ -303,7 +304,7 @@ def test_net(
     if ahead is not None:
         for image in np.flatnonzero(part.done).tolist():
             ahead.add(image, *part.results.of_image(image))
-    with part.kept(), only_young_garbage():
+    with part.kept():
         with Progress(len(todo)) as progress:
             for found in detect_files(
                 model,
@@ -323,7 +324,7 @@ def test_net(
                 if ahead is not None:
                     ahead.add(image, found.cls_boxes, found.cls_segms, found.cls_keyps)
                 if vis:
-                    _draw(found, folder / "vis" / names[image], dataset)
+                    _draw(found, folder / "vis" / pictures[start + image], dataset)
                 progress.advance()
         if ahead is not None:
             ahead.complete()

@@ -108,9 +108,28 @@ class DatasetResults:
     def save(self, path: Path, **extra: Any) -> None:
         """Write Detectron's detections file: whole, or not at all."""
         content = {kind: getattr(self, kind) for kind in _KINDS}
-        content["cfg"] = yaml.safe_dump(plain(cfg), sort_keys=False)
+        content["cfg"] = config_text()
         with atomic_write(path) as file:
-            pickle.dump(content | extra, file, pickle.HIGHEST_PROTOCOL)
+            pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)
+            pickler.dispatch_table = {np.ndarray: _reduced}
+            pickler.dump(content | extra)
+
+
+_FROM_BUFFER = _NO_BOXES.__reduce_ex__(5)[0]
+
+
+def _reduced(array: np.ndarray) -> tuple:
+    """What numpy tells pickle of an array, in half the time: there are 50,000 in 1,000 images."""
+    if array.flags.c_contiguous and not array.dtype.hasobject:
+        return _FROM_BUFFER, (pickle.PickleBuffer(array), array.dtype, array.shape, "C")
+    return array.__reduce_ex__(5)
+
+
+def config_text() -> str:
+    """The config as result files keep it."""
+    # libyaml, where it is there, writes the same in a fifth of the time.
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return yaml.dump(plain(cfg), Dumper=dumper, sort_keys=False)
 
 
 def load_detections(path: str | Path) -> tuple[DatasetResults, dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +29,15 @@ class ImageFound(NamedTuple):
     labels: np.ndarray  # (n,) int64, ascending
     boxes: np.ndarray  # (n, 5) x1, y1, x2, y2, score
     sizes: list[Sequence[int]] | None  # [height, width] of each mask
-    counts: list[str] | None  # and its run lengths, as COCO compresses them
+    lengths: list[int] | None  # characters of its run lengths
+    counts: str | None  # these, as COCO compresses them, one mask's after the other's
     points: list[np.ndarray] | None  # n of (4, K) x, y, logit, probability
+
+    def masks(self) -> Iterator[dict[str, Any]]:
+        """The RLE of each mask."""
+        ends = accumulate(self.lengths)
+        for size, length, end in zip(self.sizes, self.lengths, ends, strict=True):
+            yield {"size": size, "counts": self.counts[end - length : end]}
 
 
 class Part(NamedTuple):
@@ -50,13 +57,14 @@ def image_found(
     """Of the detections of an image by label, as datasets.json_dataset_evaluator says."""
     numbers = [len(boxes) for boxes in cls_boxes]
     there = [boxes for boxes in cls_boxes if len(boxes)]
-    sizes = counts = points = None
+    sizes = lengths = counts = points = None
     if cls_segms is not None:
         rles = _in_order(cls_segms, numbers)
         sizes = [rle["size"] for rle in rles]
-        counts = [
+        texts = [
             c if isinstance(c := rle["counts"], str) else _compressed_text(rle) for rle in rles
         ]
+        lengths, counts = [len(text) for text in texts], "".join(texts)
     if cls_keyps is not None:
         points = _in_order(cls_keyps, numbers)
     return ImageFound(
@@ -64,6 +72,7 @@ def image_found(
         np.repeat(np.arange(len(numbers)), numbers),
         np.concatenate(there) if there else np.zeros((0, 5), dtype=np.float32),
         sizes,
+        lengths,
         counts,
         points,
     )
@@ -101,9 +110,8 @@ class KindOfResults:
         if self.kind == "bbox":
             shapes: Any = box_utils.xyxy_to_xywh(boxes[:, :4])
         elif self.kind == "segm":
-            sizes = list(chain.from_iterable(image.sizes for image in images))
-            counts = list(chain.from_iterable(image.counts for image in images))
-            shapes = [{"size": sizes[i], "counts": counts[i]} for i in order.tolist()]
+            rles = list(chain.from_iterable(image.masks() for image in images))
+            shapes = [rles[i] for i in order.tolist()]
         else:
             every = list(chain.from_iterable(image.points for image in images))
             shapes, scores = self._keypoints([every[i] for i in order.tolist()], scores)

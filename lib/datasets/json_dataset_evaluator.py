@@ -104,13 +104,8 @@ def _evaluate(
     return coco_eval
 
 
-def finish_ahead(
-    results: KindOfResults, parts: Sequence[Part], output_dir: Path, step: str
-) -> Evaluation:
-    """What _evaluate does with parts that were matched as they came, in two steps that may go on
-    beside each other: 'score' and 'write'."""
-    if step == "write":
-        return Evaluation(None, write_results(results, parts, output_dir))
+def score_parts(results: KindOfResults, parts: Sequence[Part], output_dir: Path) -> Evaluation:
+    """What _evaluate does with parts that were matched as they came, but for write_results."""
     if results.unscored is None:
         return Evaluation(None, [])
     coco_eval = _scored(results, parts)

@@ -1,7 +1,8 @@
 """Scoring while a test goes on: processes beside it match and write down what is finished.
 
 One process is forked, and forks the others: the test, whose memory is large, waits for one fork
-only. At the end of the test the last images, the sums over all and the files are left to do.
+only, and for nothing while these begin. At the end of the test the last images, the sums over all
+and the files are left to do; nothing is forked any more.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import multiprocessing
 import pickle
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +21,14 @@ from types import TracebackType
 from core.errors import UserError
 from datasets.coco_results import ImageFound, Part, image_found
 from datasets.coco_scoring import default_processes
-from datasets.forked_pool import call_shared, end_with_parent, forked_pool, in_processes
+from datasets.forked_pool import call_shared, end_with_parent, forked_pool
 from datasets.json_dataset import JsonDataset
-from datasets.json_dataset_evaluator import Evaluation, finish_ahead, kind_of_results
+from datasets.json_dataset_evaluator import (
+    Evaluation,
+    kind_of_results,
+    score_parts,
+    write_results,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +49,7 @@ class ScoringAhead:
         self._kinds = list(kinds)
         self._waiting: list[ImageFound] = []
         self._failure: RuntimeError | None = None
+        self._ready = False  # whether images are being waited for
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
@@ -65,7 +73,8 @@ class ScoringAhead:
         trace: TracebackType | None,
     ) -> None:
         self._process.kill()  # nothing for one that has ended; its own processes end with it
-        self._process.join()
+        if kind is not None:  # else it has done all, and nobody waits until its memory is free
+            self._process.join()
         self._connection.close()
 
     def add(
@@ -80,6 +89,8 @@ class ScoringAhead:
         Raises UserError as `result` does. Another failure waits for `result`: the test goes on, so
         that its detections come to be in a file.
         """
+        if self._failure is not None:
+            return
         self._waiting.append(
             image_found(
                 position,
@@ -88,16 +99,12 @@ class ScoringAhead:
                 cls_keyps if "keypoints" in self._kinds else None,
             )
         )
-        if len(self._waiting) == IMAGES_AT_ONCE:
-            self._send(self._waiting)
-            self._waiting = []
+        if len(self._waiting) >= IMAGES_AT_ONCE and self._is_ready():
+            self._send_waiting(IMAGES_AT_ONCE)
 
     def complete(self) -> None:
         """Say that all images have been handed over: the sums begin."""
-        # In small pieces: all processes are free for them.
-        for begin in range(0, len(self._waiting), 4):
-            self._send(self._waiting[begin : begin + 4])
-        self._waiting = []
+        self._send_waiting(4)  # in small pieces: all processes are free for them
         self._send([])
 
     def result(self) -> Mapping[str, Evaluation]:
@@ -107,6 +114,12 @@ class ScoringAhead:
         """
         if self._failure is not None:
             raise self._failure
+        if not self._ready:
+            self._answer()
+        return self._answer()
+
+    def _answer(self) -> Mapping[str, Evaluation] | None:
+        """What the process says next: None that it is ready, then what it was asked for."""
         try:
             answer = self._connection.recv()
         except (EOFError, OSError):
@@ -121,6 +134,19 @@ class ScoringAhead:
             raise RuntimeError(f"scoring failed in a process of its own:\n{answer}")
         return answer
 
+    def _is_ready(self) -> bool:
+        """Without waiting for it: sent sooner, images would wait in a full pipe, and the test."""
+        if not self._ready and self._failure is None and self._connection.poll():
+            with self._failing_later():
+                self._answer()
+                self._ready = True
+        return self._ready
+
+    def _send_waiting(self, at_once: int) -> None:
+        for begin in range(0, len(self._waiting), at_once):
+            self._send(self._waiting[begin : begin + at_once])
+        self._waiting = []
+
     def _send(self, images: list[ImageFound]) -> None:
         if self._failure is not None:
             return
@@ -129,11 +155,16 @@ class ScoringAhead:
             content = pickle.dumps(images, pickle.HIGHEST_PROTOCOL) if images else b""
             self._connection.send_bytes(content)
         except OSError:
-            try:
+            with self._failing_later():
                 self.result()  # says why nobody reads
-            except RuntimeError as error:
-                logger.warning("%s\nThe test goes on without it, to fail at its end.", error)
-                self._failure = error
+
+    @contextmanager
+    def _failing_later(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            logger.warning("%s\nThe test goes on without it, to fail at its end.", error)
+            self._failure = error
 
 
 def _serve(
@@ -158,36 +189,35 @@ def _serve(
 def _score(
     connection: Connection, dataset: JsonDataset, kinds: Sequence[str], output_dir: Path
 ) -> dict[str, Evaluation]:
-    results = [kind_of_results(dataset, kind) for kind in kinds]
+    results = {kind: kind_of_results(dataset, kind) for kind in kinds}
 
-    def parts_of(images: bytes) -> list[Part]:
-        found = pickle.loads(images)
-        return [of_kind.part(found) for of_kind in results]
+    def work(task: bytes | tuple[str, list[Part]]) -> list[Part] | Evaluation:
+        """A part of each kind, of the images in a message; or the scores of a kind."""
+        if isinstance(task, bytes):
+            found = pickle.loads(task)
+            return [of_kind.part(found) for of_kind in results.values()]
+        kind, parts = task
+        return score_parts(results[kind], parts, output_dir)
 
     made = []
-    pool = forked_pool(min(default_processes(), MOST_PROCESSES), parts_of)
+    pool = forked_pool(min(default_processes(), MOST_PROCESSES), work)
     try:
+        pool.submit(int)  # the processes are forked now, not when images wait
+        connection.send(None)
         while images := connection.recv_bytes():
             made.append(pool.submit(call_shared, images))
             for part in made:
                 if part.done():
                     part.result()  # raises what went wrong there
-        by_image = [part.result() for part in made]
+        by_kind = dict(zip(kinds, zip(*(part.result() for part in made), strict=True), strict=True))
+        scores = {
+            kind: pool.submit(call_shared, (kind, [part._replace(text=b"") for part in parts]))
+            for kind, parts in by_kind.items()
+        }
+        written = {
+            kind: write_results(results[kind], parts, output_dir) for kind, parts in by_kind.items()
+        }
+        done = {kind: score.result() for kind, score in scores.items()}
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    by_kind = dict(zip(kinds, zip(*by_image, strict=True), strict=True))
-    of_kind = dict(zip(kinds, results, strict=True))
-
-    def finish(step: tuple[str, str]) -> Evaluation:
-        kind, what = step
-        return finish_ahead(of_kind[kind], by_kind[kind], output_dir, what)
-
-    steps = [(kind, what) for what in ("score", "write") for kind in kinds]
-    done = dict(zip(steps, in_processes(finish, steps, len(steps)), strict=True))
-    return {
-        kind: Evaluation(
-            done[kind, "score"].stats,
-            done[kind, "score"].messages + done[kind, "write"].messages,
-        )
-        for kind in kinds
-    }
+    return {kind: Evaluation(of.stats, of.messages + written[kind]) for kind, of in done.items()}
