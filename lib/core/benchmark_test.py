@@ -153,6 +153,7 @@ def benchmark_test(
             pure = _pure_rate(model, images, batches)
             pasted = _pasted_rate(model, images, batches)
             stages = _profile(model, images, batches[:: max(1, len(batches) // PROFILED_BATCHES)])
+        del images  # a test does not have them, and forks the slower the more there is
         waits = Stages()
         begin = time.perf_counter()
         again = JsonDataset(dataset.name)  # its annotations have been read by now

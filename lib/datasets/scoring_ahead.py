@@ -18,6 +18,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from core.errors import UserError
 from datasets.coco_results import ImageFound, Part, image_found
 from datasets.coco_scoring import default_processes
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 IMAGES_AT_ONCE = 16
 LEAST_IMAGES = 100  # of fewer the scores take less time than the processes
 MOST_PROCESSES = 6
+_NO_GROUPS = np.zeros((0, 3), dtype=np.int64)
 
 
 class ScoringAhead:
@@ -176,6 +179,7 @@ def _serve(
 ) -> None:
     """What the process does that is forked from the test."""
     end_with_parent()
+    sys.setswitchinterval(5e-4)  # the pool's threads hand out work while this one writes
     others.close()
     try:
         answer = _score(connection, dataset, kinds, output_dir)
@@ -211,7 +215,9 @@ def _score(
                     part.result()  # raises what went wrong there
         by_kind = dict(zip(kinds, zip(*(part.result() for part in made), strict=True), strict=True))
         scores = {
-            kind: pool.submit(call_shared, (kind, [part._replace(text=b"") for part in parts]))
+            kind: pool.submit(
+                call_shared, (kind, [Part(part.matches, _NO_GROUPS, b"") for part in parts])
+            )
             for kind, parts in by_kind.items()
         }
         written = {

@@ -123,8 +123,9 @@ def test_a_range_outside_the_data_set_is_refused(dataset, model, tmp_path, ind_r
 
 
 def test_pictures_on_request(dataset, model, tmp_path):
-    run_test_net(model, dataset, tmp_path, (0, 1), vis=True)
+    run_test_net(model, dataset, tmp_path, (2, 3), vis=True)
     (picture,) = (tmp_path / "vis").iterdir()
+    assert picture.stem == Path(dataset.get_roidb()[2]["image"]).stem
     assert picture.read_bytes().startswith(b"%PDF")
 
 

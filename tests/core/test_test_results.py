@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from core.config import merge_cfg_from_cfg
 from core.errors import UserError
@@ -18,6 +20,7 @@ from core.test_results import test_fingerprint as fingerprint
 from datasets.dataset_catalog import resolve_dataset
 from datasets.json_dataset import JsonDataset
 from scripts import test_net_script as script
+from utils.run_dir import plain
 
 # A config as Detectron stores it.
 DETECTRON_CFG = """\
@@ -108,6 +111,22 @@ def test_scratch_results_leave_no_json(people, cfg, tmp_path):
     truth_as_detections(dataset).save(tmp_path / "detections.pkl")
     score_detections(tmp_path / "detections.pkl", tmp_path)
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_the_bytes_of_the_file_are_those_of_pickle(cfg, tmp_path):
+    """However they are made sooner."""
+    found = DatasetResults.empty(3, 2)
+    boxes = np.arange(15, dtype=np.float32).reshape(3, 5)
+    rles, points = [{"size": [4, 5], "counts": "05"}], [np.ones((4, 17))]
+    found.extend(0, [[], boxes[1:], boxes[:0]], [[], rles * 2, []], [[], points * 2, []])
+    found.extend(1, [[], boxes[:, ::-1], boxes[:1].astype(np.float64)], None, None)
+    extra = {"done": np.array([True, False]), "odd": np.ones((2, 3)).T, "names": np.array(["a"])}
+    found.save(tmp_path / "detections.pkl", **extra)
+    content = {"all_boxes": found.all_boxes, "all_segms": found.all_segms}
+    content |= {"all_keyps": found.all_keyps, "cfg": yaml.safe_dump(plain(cfg), sort_keys=False)}
+    with io.BytesIO() as file:
+        pickle.dump(content | extra, file, pickle.HIGHEST_PROTOCOL)
+        assert (tmp_path / "detections.pkl").read_bytes() == file.getvalue()
 
 
 def test_a_file_of_other_images_is_refused(people, cfg, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import sys
 import time
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from datasets import scoring_ahead, task_evaluation
+from datasets import json_dataset_evaluator, scoring_ahead, task_evaluation
 from datasets.dataset_catalog import resolve_dataset
 from datasets.demo_shapes import make_demo_data
 from datasets.json_dataset import JsonDataset
@@ -81,6 +82,28 @@ def test_the_scores_and_files_are_those_of_the_end(dataset, tmp_path, caplog):
     for name in names[0]:
         if name.endswith(".json"):
             assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_the_test_does_not_wait_for_the_processes_to_begin(dataset, tmp_path, monkeypatch):
+    found, handed_over = detections(dataset), multiprocessing.get_context("fork").Event()
+    kind_of_results = scoring_ahead.kind_of_results
+
+    def slow(*args):
+        assert handed_over.wait(60)
+        return kind_of_results(*args)
+
+    monkeypatch.setattr(scoring_ahead, "kind_of_results", slow)
+    with ScoringAhead(dataset, ["bbox"], tmp_path) as ahead:
+        for i in range(IMAGES):
+            ahead.add(i, *([of_label[i] for of_label in kind] for kind in found))
+        assert len(ahead._waiting) == IMAGES  # none of them in a pipe that nobody reads
+        handed_over.set()
+        ahead.complete()
+        stats = ahead.result()["bbox"].stats
+    ahead._process.join(60)
+    assert not ahead._process.is_alive()
+    at_end = json_dataset_evaluator.evaluate_boxes(dataset, found[0], tmp_path / "end")
+    np.testing.assert_array_equal(stats, at_end.stats)
 
 
 def test_a_failure_arrives_with_its_traceback(dataset, tmp_path, monkeypatch):
