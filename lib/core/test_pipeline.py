@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -74,31 +76,24 @@ class DecodedBatch(NamedTuple):
         ]
 
 
-class _ImageFiles:
-    """Batches of decoded files. An error is a value: raised, it would end those beside it."""
+def _read(path: str, size: tuple[int, int] | None) -> np.ndarray | str:
+    """The image, or why there is none: raised, an error would end the images beside it."""
+    try:
+        return read_image(path, size)
+    except UserError as error:
+        return str(error)
 
-    def __init__(
-        self,
-        paths: Sequence[str | Path],
-        sizes: Sequence[tuple[int, int]] | None,
-        batches: list[list[int]],
-        pinned: bool,
-    ) -> None:
-        self.paths = [str(path) for path in paths]
-        self.sizes, self.batches, self.pinned = sizes, batches, pinned
 
-    def batch(self, number: int) -> DecodedBatch:
-        images, indices, errors = [], [], []
-        for index in self.batches[number]:
-            size = None if self.sizes is None else self.sizes[index]
-            try:
-                images.append(read_image(self.paths[index], size))
-                indices.append(index)
-            except UserError as error:
-                errors.append((index, str(error)))
-        if not images:
-            return DecodedBatch(indices, torch.empty(0, dtype=torch.uint8), [], errors)
-        return DecodedBatch(indices, *pack_images(images, self.pinned), errors)
+def _packed(
+    indices: Sequence[int], decoded: Iterable[np.ndarray | str], pinned: bool
+) -> DecodedBatch:
+    """A batch of what _read gives of the files with these indices."""
+    found = dict(zip(indices, decoded, strict=True))
+    errors = [(index, text) for index, text in found.items() if isinstance(text, str)]
+    images = {index: image for index, image in found.items() if not isinstance(image, str)}
+    if not images:
+        return DecodedBatch([], torch.empty(0, dtype=torch.uint8), [], errors)
+    return DecodedBatch([*images], *pack_images([*images.values()], pinned), errors)
 
 
 def detect_files(
@@ -181,11 +176,20 @@ def decoded_batches(
 ) -> Iterable[DecodedBatch]:
     """Files decoded ahead of their use, in batches for a device; arguments as of detect_files."""
     batches = plan_batches(len(paths), sizes, batch_size)
-    files = _ImageFiles(paths, sizes, batches, pinned=device.type == "cuda")
     threads = min(num_workers, os.cpu_count() or 1)
-    if threads == 0:
-        return map(files.batch, range(len(batches)))
-    return map_ahead(files.batch, range(len(batches)), threads)
+    # Image by image, so that all threads decode what is needed first; one more packs.
+    ahead = partial(map_ahead, threads=threads) if threads else map
+    packs = partial(map_ahead, threads=1) if threads else map
+
+    def read(index: int) -> np.ndarray | str:
+        return _read(str(paths[index]), None if sizes is None else sizes[index])
+
+    decoded = iter(ahead(read, chain.from_iterable(batches)))
+
+    def pack(indices: list[int]) -> DecodedBatch:
+        return _packed(indices, islice(decoded, len(indices)), device.type == "cuda")
+
+    return packs(pack, batches)
 
 
 class Stages:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from core import test_pipeline
 from core.test_pipeline import decoded_batches, one_ahead
 
 
@@ -52,3 +56,24 @@ def test_decoding_ahead_gives_the_same_batches_in_order(files):
     for batch in ahead:
         for index, image in zip(batch.indices, batch.images(), strict=True):
             assert image.shape == (*sizes[index], 3) and (image == index).all()
+
+
+def test_decoding_ends_with_whoever_wants_the_batches(files):
+    batches = decoded_batches(files, [(8 + i % 2, 6) for i in range(20)], 3, 2, torch.device("cpu"))
+    assert next(batches).indices == [0, 2, 4]
+    batches.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("ahead")]
+
+
+def test_all_threads_decode_the_first_batch(files, monkeypatch):
+    together = threading.Barrier(2)
+    read_image = test_pipeline.read_image
+
+    def read(path, size):
+        together.wait(60)  # for another one that decodes
+        return read_image(path, size)
+
+    monkeypatch.setattr(test_pipeline, "read_image", read)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    (batch,) = decoded_batches(files[:4:2], [(8, 6)] * 2, 2, 2, torch.device("cpu"))
+    assert batch.indices == [0, 1]
