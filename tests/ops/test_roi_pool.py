@@ -90,6 +90,22 @@ def test_the_first_of_equal_values_gets_the_gradient():
     assert feature.grad[0, 0, 1, 1] == 1 and feature.grad.sum() == 1
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_large_cells_of_many_channels_too(layout):
+    g = torch.Generator().manual_seed(0)
+    feature = torch.randint(0, 50, (1, 20, 60, 70), generator=g).float()
+    feature = feature.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    roi_pool(feature, torch.tensor([[0, 0, 0, 69, 59.0]]), 2, 1.0).sum().backward()
+    expected = torch.zeros(feature.shape)
+    for rows in (slice(30), slice(30, 60)):
+        for columns in (slice(35), slice(35, 70)):
+            cell = feature.detach()[0, :, rows, columns].flatten(1)
+            first = torch.from_numpy(cell.numpy().argmax(1))  # numpy's is the first
+            gradient = torch.zeros_like(cell).scatter_(1, first[:, None], 1)
+            expected[0, :, rows, columns] = gradient.view(20, 30, 35)
+    assert torch.equal(feature.grad, expected)
+
+
 def test_nan_and_infinite_features():
     feature = torch.zeros(1, 1, 1, 6)
     feature[..., 1], feature[..., 2:4], feature[..., 4] = float("nan"), -float("inf"), 1e9
