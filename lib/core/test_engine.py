@@ -227,7 +227,8 @@ def detect_and_score(
     with only_young_garbage(), ExitStack() as context:
         ahead = None
         if kinds and ScoringAhead.possible(len(dataset.image_ids)):
-            ahead = context.enter_context(ScoringAhead(dataset, kinds, folder))
+            with stages.timed("fork"):
+                ahead = context.enter_context(ScoringAhead(dataset, kinds, folder))
         found = test_net(model, dataset, folder, ahead=ahead, **options)
         with stages.timed("evaluate"):
             return found, score(dataset, found, folder, ahead)
@@ -281,20 +282,23 @@ def test_net(
             `detection_range_{START}_{END}.pkl`.
         vis: also write a PDF of each image's detections that score VIS_TH into `output_dir/vis`.
         amp: `off`, `bf16` or `fp16`: precision of the network.
-        stages: is told how long the thread that feeds the device waits for what.
+        stages: is told how long the thread that feeds the device spends on what.
         ahead: is given the detections of all images, without a range.
 
     Raises:
         UserError: an image cannot be read, or the range is not one of this data set.
     """
     dataset = JsonDataset(dataset) if isinstance(dataset, str) else dataset
+    stages = stages or Stages()
     given = proposal_file_for_testing(dataset.name)
-    roidb = dataset.get_roidb(proposal_file=given)
+    with stages.timed("read annotations"):
+        roidb = dataset.get_roidb(proposal_file=given)
     start, end = ind_range or (0, len(roidb))
     check_range(dataset, start, end)
     folder = make_folder(output_dir)
     fingerprint = partial(test_fingerprint, model, roidb, amp=amp, vis=vis)
-    part = PartFile(folder, start, end, fingerprint)
+    with stages.timed("look for parts"):
+        part = PartFile(folder, start, end, fingerprint)
     pictures = picture_names([entry["image"] for entry in roidb], "pdf") if vis else []
     roidb = roidb[start:end]
     remaining = part.remaining
@@ -320,15 +324,18 @@ def test_net(
                 if found.error is not None:
                     raise found.error
                 image = remaining[found.index]
-                part.add(image, found.cls_boxes, found.cls_segms, found.cls_keyps)
+                with stages.timed("collect"):
+                    part.add(image, found.cls_boxes, found.cls_segms, found.cls_keyps)
                 if ahead is not None:
-                    ahead.add(image, found.cls_boxes, found.cls_segms, found.cls_keyps)
+                    with stages.timed("hand over"):
+                        ahead.add(image, found.cls_boxes, found.cls_segms, found.cls_keyps)
                 if vis:
                     _draw(found, folder / "vis" / pictures[start + image], dataset)
                 progress.advance()
         if ahead is not None:
             ahead.complete()
-        part.finish(folder / DETECTIONS_FILE if ind_range is None else None)
+        with stages.timed("write detections"):
+            part.finish(folder / DETECTIONS_FILE if ind_range is None else None)
     return part.results
 
 
