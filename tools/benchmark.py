@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     scoring.set_defaults(run=benchmark_commands.run_eval)
 
-    train = commands.add_parser("train", help="whole training steps beside torchvision's")
+    train = commands.add_parser("train", help="whole training steps beside the peers'")
     train.add_argument("--batches", type=int, nargs="+", default=[2, 8, 16], help="images a batch")
     train.add_argument("--amp", choices=tuple(AMP_DTYPES), nargs="+", default=["off", "bf16"])
     train.add_argument("--steps", type=int, default=40, help="measured, after some to warm up")
@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--profile", action="store_true", help="our step's time by stage, operator")
     train.set_defaults(run=benchmark_commands.run_train)
 
-    infer = commands.add_parser("infer", help="images to detections beside torchvision's")
+    infer = commands.add_parser("infer", help="images to detections beside the peers'")
     infer.add_argument("--batches", type=int, nargs="+", help="images a batch; 1 8, on a CPU 1")
     infer.add_argument("--amp", choices=tuple(AMP_DTYPES), nargs="+", help="off bf16, on a CPU off")
     infer.add_argument("--rounds", type=int, help="over 4 batches each, on a CPU 1; 10, on a CPU 3")

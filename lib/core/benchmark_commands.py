@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from core import (
     benchmark_data,
+    benchmark_detectron2,
     benchmark_eval,
     benchmark_gradients,
     benchmark_growth,
@@ -27,6 +28,7 @@ from utils.device import pick_devices
 from utils.progress import Progress
 
 CPU_BATCHES = 1  # that `infer` detects in on a CPU
+Peer = TypeVar("Peer")
 
 
 def run_ops(args: argparse.Namespace) -> dict[str, Any]:
@@ -110,7 +112,8 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
     for check in benchmark_gradients.gradient_checks(device, cases):
         print(check)
         checks.append(check.as_dict())
-    rates = list(benchmark_train.train_rates(device, cases))
+    others = detectron2_peer(benchmark_detectron2.Detectron2Trainer)
+    rates = list(benchmark_train.train_rates(device, cases, others))
     print(benchmark_models.format_rates(rates))
     stages = []
     if args.profile:
@@ -142,7 +145,8 @@ def run_infer(args: argparse.Namespace) -> dict[str, Any]:
     # An image takes seconds on a CPU, and the score threshold is sought on all that there are.
     different = benchmark_infer.BATCHES if gpu else CPU_BATCHES
     cases = benchmark_infer.InferCases(tuple(batches), tuple(amp), rounds, different)
-    rates = list(benchmark_infer.infer_rates(device, cases))
+    others = detectron2_peer(benchmark_detectron2.Detectron2Detector)
+    rates = list(benchmark_infer.infer_rates(device, cases, others))
     print(benchmark_models.format_rates(rates))
     return {"environment": facts, "settings": asdict(cases), "rows": [r.as_dict() for r in rates]}
 
@@ -181,6 +185,19 @@ def run_growth(args: argparse.Namespace) -> dict[str, Any]:
         title = f"{facts['device']}, {benchmark_models.PRECISIONS[amp]}"
         benchmark_growth.plot(series, args.plot, title)
     return {"environment": facts, **benchmark_growth.report(series, cases)}
+
+
+def detectron2_peer(kind: type[Peer]) -> dict[str, type[Peer]]:
+    """`kind` by its name in the tables; nothing where detectron2 has no such model or cannot be
+    imported, which a line then says."""
+    if benchmark_detectron2.zoo_file() is None:
+        return {}
+    try:
+        benchmark_detectron2.load_detectron2()
+    except Exception as error:  # one built for another torch raises more than ImportError
+        print(f"detectron2 is not measured: {error}")
+        return {}
+    return {"detectron2": kind}
 
 
 def require_positive(args: argparse.Namespace, *flags: str) -> None:

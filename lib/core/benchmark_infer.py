@@ -1,16 +1,18 @@
-"""What `tools/benchmark.py infer` measures: decoded images to detections beside torchvision's.
+"""What `tools/benchmark.py infer` measures: images to detections beside torchvision's and others'.
 
 Batches of one are measured as a latency. Larger ones are measured as a test runs: threads paste and
-encode the masks while the next batch is on the device. torchvision pastes them into planes of the
-size of the image.
+encode the masks while the next batch is on the device. The peers paste them into planes of the size
+of the image.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from core.benchmark_models import (
     detects_by_itself,
     draw_batches,
     fresh_memory,
+    left_out_if_it_fails,
     peak_gib,
     pinned,
     random_model,
@@ -92,76 +95,119 @@ class OwnDetector:
             return queue_batch(self.model, images, packed=packed)
 
 
-class TorchvisionDetector:
-    """torchvision's model, its results on its device."""
+class PeerDetector(ABC):
+    """Another project's model, its results on its device.
+
+    batches: in memory, of nested lists and dicts; their tensors are copied to the device each time.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[list], device: torch.device, amp: str
+    ) -> None:
+        self.device, self._amp = device, amp
+        self._take(model)
+        self._batches = [pinned(batch, device) for batch in batches]
+        self._calibrate()
+
+    @abstractmethod
+    def detect(self, batch: list) -> list[int]:
+        """How many detections each image of a batch on the device has."""
+
+    @abstractmethod
+    def scoring(self) -> nn.Module:
+        """The part of the model that makes scores."""
+
+    @abstractmethod
+    def scores(self, made: Any) -> Tensor:
+        """(K,) scores of all that may become a detection, from what `scoring` returns."""
+
+    @abstractmethod
+    def set_threshold(self, threshold: float) -> None:
+        """Detections have higher scores than this."""
+
+    def run(self) -> int:
+        """Every batch once; how many detections that made."""
+        kept = 0
+        with torch.inference_mode():
+            for batch in self._batches:
+                moved = move_to(batch, self.device)
+                with precision(self.device, self._amp):
+                    kept += sum(self.detect(moved))
+        synchronize(self.device)
+        return kept
+
+    def _take(self, model: nn.Module) -> None:
+        spread_scores(model)
+        self.model = model.to(self.device).eval()
+        if self._amp != "off":
+            self.model = self.model.to(memory_format=torch.channels_last)
+
+    def _calibrate(self) -> None:
+        found: list[Tensor] = []
+        self.set_threshold(1.0)
+        hook = self.scoring().register_forward_hook(
+            lambda _, __, made: found.append(self.scores(made).float().cpu())
+        )
+        self.run()
+        hook.remove()
+        images = sum(map(len, self._batches))
+
+        def kept_at(threshold: float) -> float:
+            self.set_threshold(threshold)
+            return self.run() / images
+
+        choose_threshold(torch.cat(found), images, kept_at)
+
+
+def best_sigmoids(logits: Tensor) -> Tensor:
+    """(K,) scores of RetinaNet's anchors, fewer than all but more than can be kept.
+
+    logits: of every class and anchor, (images, ...).
+    """
+    logits = logits.float().flatten(1)
+    best = logits.topk(min(CANDIDATES[-1], logits.shape[1])).values
+    return best.sigmoid().flatten()
+
+
+class TorchvisionDetector(PeerDetector):
+    """torchvision's model."""
 
     def __init__(
         self, batches: Sequence[Sequence[Scene]], device: torch.device, amp: str, paste: bool
     ) -> None:
         torch.manual_seed(cfg.RNG_SEED)
-        self.device, self._amp = device, amp
         model = torchvision_model(cfg.TEST.SCALE, cfg.TEST.MAX_SIZE)
-        spread_scores(model)
-        self._model = model.to(device).eval()
-        if amp != "off":
-            self._model = self._model.to(memory_format=torch.channels_last)
-        self._batches = [
-            [
-                pinned(torch.from_numpy(s.image[..., ::-1].transpose(2, 0, 1).copy()), device)
-                for s in batch
-            ]
+        images = [
+            [torch.from_numpy(s.image[..., ::-1].transpose(2, 0, 1).copy()) for s in batch]
             for batch in batches
         ]
-        self._calibrate()
+        super().__init__(model, images, device, amp)
         if not paste:
-            resize = self._model.transform.postprocess
+            resize = self.model.transform.postprocess
 
             def without_masks(results: list[dict[str, Tensor]], *sizes: list) -> list:
                 for result in results:
                     result.pop("masks", None)
                 return resize(results, *sizes)
 
-            self._model.transform.postprocess = without_masks
+            self.model.transform.postprocess = without_masks
 
-    def run(self) -> int:
-        """Every batch once; how many detections that made."""
-        kept = 0
-        for batch in self._batches:
-            kept += sum(len(result["scores"]) for result in self._detect(batch))
-        synchronize(self.device)
-        return kept
+    def detect(self, batch: list[Tensor]) -> list[int]:
+        return [len(found["scores"]) for found in self.model([image / 255 for image in batch])]
 
-    @torch.inference_mode()
-    def _detect(self, batch: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        images = [image / 255 for image in move_to(batch, self.device)]
-        with precision(self.device, self._amp):
-            return self._model(images)
-
-    def _calibrate(self) -> None:
-        scores: list[Tensor] = []
+    def scoring(self) -> nn.Module:
         if cfg.RETINANET.RETINANET_ON:
-            scored, predictor = self._model, self._model.head.classification_head
-        else:
-            scored, predictor = self._model.roi_heads, self._model.roi_heads.box_predictor
+            return self.model.head.classification_head
+        return self.model.roi_heads.box_predictor
 
-        def keep(module: nn.Module, args: tuple, out: Tensor | tuple[Tensor, ...]) -> None:
-            if torch.is_tensor(out):  # RetinaNet's: of every anchor, far more than can be kept
-                best = out.float().flatten(1).topk(min(CANDIDATES[-1], out[0].numel())).values
-                scores.append(best.sigmoid().flatten().cpu())
-            else:
-                scores.append(out[0].float().softmax(-1)[:, 1:].flatten().cpu())
+    def scores(self, made: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        if torch.is_tensor(made):
+            return best_sigmoids(made)
+        return made[0].float().softmax(-1)[:, 1:].flatten()
 
-        hook = predictor.register_forward_hook(keep)
-        scored.score_thresh = 1.0
-        images = sum(map(len, self._batches))
-        self.run()
-        hook.remove()
-
-        def kept_at(threshold: float) -> float:
-            scored.score_thresh = threshold
-            return self.run() / images
-
-        choose_threshold(torch.cat(scores), images, kept_at)
+    def set_threshold(self, threshold: float) -> None:
+        scored = self.model if cfg.RETINANET.RETINANET_ON else self.model.roi_heads
+        scored.score_thresh = threshold
 
 
 @dataclass(frozen=True)
@@ -174,11 +220,14 @@ class InferCases:
     batches: int = BATCHES  # different ones, all in each round
 
 
-def infer_rates(device: torch.device, cases: InferCases) -> Iterator[Rate]:
-    """Measure every case, this project's and torchvision's in turn, with masks pasted and without;
-    yields each when it is there. A time is a batch's, the mean of a round.
+def infer_rates(
+    device: torch.device, cases: InferCases, others: Mapping[str, type[PeerDetector]]
+) -> Iterator[Rate]:
+    """Measure every case, this project's, torchvision's and the others' in turn, with masks pasted
+    and without; yields each when it is there. A time is a batch's, the mean of a round.
 
-    Raises UserError if the config's model detects nothing by itself.
+    others: more peers by name, called as OwnDetector is; one that fails is left out. Raises
+    UserError if the config's model detects nothing by itself.
     """
     if not detects_by_itself():
         raise UserError(
@@ -186,9 +235,10 @@ def infer_rates(device: torch.device, cases: InferCases) -> Iterator[Rate]:
             "RETINANET.RETINANET_ON True, MODEL.RPN_ONLY False)"
         )
     prepare_device(device)
-    who = {"ours": OwnDetector}
+    who: dict[str, type[OwnDetector] | type[PeerDetector]] = {"ours": OwnDetector}
     if torchvision_model(cfg.TEST.SCALE, cfg.TEST.MAX_SIZE) is not None:
         who["torchvision"] = TorchvisionDetector
+    who |= others
     for batch_size in cases.batch_sizes:
         batches = draw_batches(
             cases.batches, batch_size, classes=cfg.MODEL.NUM_CLASSES - 1, one_size=True
@@ -197,15 +247,16 @@ def infer_rates(device: torch.device, cases: InferCases) -> Iterator[Rate]:
             for paste in (True, False) if cfg.MODEL.MASK_ON else (True,):
                 for name, kind in who.items():
                     fresh_memory(device)
-                    detector = kind(batches, device, amp, paste)
-                    detector.run()
-                    kept, times = 0, []
-                    for _ in range(cases.rounds):
-                        begin = time.perf_counter()
-                        kept += detector.run()
-                        times.append(1e3 * (time.perf_counter() - begin) / cases.batches)
-                    notes = {"detections": kept / (cases.rounds * cases.batches * batch_size)}
-                    title = PRECISIONS[amp] + ("" if paste else ", not pasted")
-                    memory = peak_gib(device), reserved_gib(device)
-                    yield Rate(name, title, batch_size, timing_of(times), *memory, notes)
-                    del detector
+                    with left_out_if_it_fails(name, others):
+                        detector = kind(batches, device, amp, paste)
+                        detector.run()
+                        kept, times = 0, []
+                        for _ in range(cases.rounds):
+                            begin = time.perf_counter()
+                            kept += detector.run()
+                            times.append(1e3 * (time.perf_counter() - begin) / cases.batches)
+                        notes = {"detections": kept / (cases.rounds * cases.batches * batch_size)}
+                        title = PRECISIONS[amp] + ("" if paste else ", not pasted")
+                        memory = peak_gib(device), reserved_gib(device)
+                        yield Rate(name, title, batch_size, timing_of(times), *memory, notes)
+                    detector = None

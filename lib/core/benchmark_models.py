@@ -7,7 +7,9 @@ are discs and not noise, and the score threshold lets as much through as is kept
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +41,7 @@ OBJECTS = 7  # of an image
 # one kind, as those of training are (TRAIN.ASPECT_GROUPING; torchvision's references do the same).
 LYING = ((480, 640), (427, 640), (480, 640), (426, 640), (375, 500), (480, 640), (640, 640))
 STANDING = ((640, 480), (640, 427), (500, 375))
-# torchvision's backbones: the config's body, groups of its convolutions, and their width if many.
+# The peers' backbones: the config's body, groups of its convolutions, and their width if many.
 BACKBONES = {
     ("FPN.fpn_ResNet50_conv5_body", 1, None): "resnet50",
     ("FPN.fpn_ResNet101_conv5_body", 1, None): "resnet101",
@@ -47,8 +49,10 @@ BACKBONES = {
     ("FPN.fpn_ResNet101_conv5_body", 32, 8): "resnext101_32x8d",
     ("FPN.fpn_ResNet101_conv5_body", 64, 4): "resnext101_64x4d",
 }
-# Where RetinaNet's scores come from: ours, torchvision's.
-SCORE_CONVS = ("RetinaNet_Outs.cls_", "head.classification_head")
+# Where RetinaNet's scores come from: ours, torchvision's, detectron2's.
+SCORE_CONVS = ("RetinaNet_Outs.cls_", "head.classification_head", "head.cls_")
+# The norm that ends a residual branch: ours and torchvision's, detectron2's.
+BRANCH_ENDS = ("bn3.weight", "conv3.norm.weight")
 # What a residual branch is multiplied by in a trained network, about: without it the activations of
 # random weights double in every block.
 BRANCH_SCALE = 0.2
@@ -57,6 +61,7 @@ PRECISIONS = {"off": "fp32", "bf16": "bf16", "fp16": "fp16"}  # fp32 is TF32 on 
 CANDIDATES = (300, 600, 1200, 2400, 4800, 9600)
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 
+logger = logging.getLogger(__name__)
 
 Sizes = Sequence[tuple[int, int]]
 Batch = tuple[list[np.ndarray], tuple[Tensor, list[Placed]]]
@@ -175,7 +180,7 @@ def configure(cfg_file: str | Path, options: Sequence[str]) -> None:
 def random_model() -> nn.Module:
     """The model of the config, with random weights and activations in range."""
     model = Generalized_RCNN()
-    _calm(model.Conv_Body)
+    calm(model.Conv_Body)
     if cfg.MODEL.MASK_ON:
         outs = model.Mask_Outs
         # On the device with the model: a copy in every call would have to be waited for.
@@ -190,6 +195,15 @@ def detects_by_itself() -> bool:
     return own and not cfg.MODEL.RPN_ONLY
 
 
+def peer_backbone() -> str | None:
+    """What torchvision calls the config's backbone; None: the peers have no such model."""
+    resnets = cfg.RESNETS
+    groups, width = resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP
+    if resnets.USE_GN or cfg.FPN.USE_GN or not detects_by_itself():
+        return None
+    return BACKBONES.get((cfg.MODEL.CONV_BODY, groups, width if groups > 1 else None))
+
+
 def torchvision_model(short: int, longest: int) -> nn.Module | None:
     """torchvision's model of the config's kind, as it comes with pretrained weights: frozen batch
     norm, stem and first stage frozen. None: it has no such model.
@@ -198,12 +212,10 @@ def torchvision_model(short: int, longest: int) -> nn.Module | None:
 
     `weights=None` alone would give it batch norm to train, more work than this project's model.
     """
-    resnets = cfg.RESNETS
-    groups, width = resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP
-    body = cfg.MODEL.CONV_BODY, groups, width if groups > 1 else None
-    if body not in BACKBONES or resnets.USE_GN or cfg.FPN.USE_GN or not detects_by_itself():
+    name = peer_backbone()
+    if name is None:
         return None
-    backbone = {"backbone_name": BACKBONES[body], "weights": None, "trainable_layers": 3}
+    backbone = {"backbone_name": name, "weights": None, "trainable_layers": 3}
     backbone["norm_layer"] = FrozenBatchNorm2d
     classes = cfg.MODEL.NUM_CLASSES
     sizes = {"min_size": short, "max_size": longest}
@@ -234,7 +246,7 @@ def torchvision_model(short: int, longest: int) -> nn.Module | None:
             box_detections_per_img=cfg.TEST.DETECTIONS_PER_IM,
             **points,
         )
-    _calm(model.backbone)
+    calm(model.backbone)
     if cfg.MODEL.MASK_ON:
         logits = _disc(28).logit()
         model.roi_heads.mask_predictor.register_forward_hook(
@@ -244,17 +256,18 @@ def torchvision_model(short: int, longest: int) -> nn.Module | None:
 
 
 def spread_scores(model: nn.Module) -> None:
-    """Let the scores of an untrained RetinaNet, this project's or torchvision's, differ as much as
-    those of a trained one do; they all are its prior at first."""
+    """Let the scores of an untrained RetinaNet, this project's or a peer's, differ as much as those
+    of a trained one do; they all are its prior at first."""
     for name, tensor in model.named_parameters():
         if tensor.dim() == 4 and name.startswith(SCORE_CONVS):
             nn.init.kaiming_normal_(tensor, nonlinearity="relu")
 
 
-def _calm(backbone: nn.Module) -> None:
+def calm(backbone: nn.Module) -> None:
+    """Keep the activations of a ResNet with random weights in range."""
     with torch.no_grad():
         for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
-            if name.endswith("bn3.weight"):
+            if name.endswith(BRANCH_ENDS):
                 tensor.fill_(BRANCH_SCALE)
 
 
@@ -330,6 +343,18 @@ def pinned(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {name: pinned(entry, device) for name, entry in value.items()}
     return [pinned(entry, device) for entry in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def left_out_if_it_fails(name: str, names: Container[str]) -> Iterator[None]:
+    """An error inside is a warning if `name` is among `names`: a peer that does not run on this
+    machine costs its own rows only."""
+    try:
+        yield
+    except Exception as error:
+        if name not in names:
+            raise
+        logger.warning("%s is left out: %s", name, error, exc_info=True)
 
 
 def fresh_memory(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What `tools/benchmark.py train` measures: whole training steps beside torchvision's.
+"""What `tools/benchmark.py train` measures: whole training steps beside torchvision's and others'.
 
 This project's steps are those of core.train_engine.train(), the loop that the training scripts run.
 An untrained RPN proposes hardly anything near the objects, a trained one a lot: to either model's
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +33,7 @@ from core.benchmark_models import (
     Scene,
     draw_batches,
     fresh_memory,
+    left_out_if_it_fails,
     matrix_rate,
     peak_gib,
     pinned,
@@ -119,17 +122,9 @@ class OwnTrainer:
         image."""
         if cfg.RETINANET.RETINANET_ON:
             return self._anchor_counts()
-        original, found = model_builder.sample_rois, []
-
-        def watch(*args: Any, **kwargs: Any) -> Any:
-            found.append(original(*args, **kwargs))
-            return found[-1]
-
-        model_builder.sample_rois = watch
-        try:
+        with calls_of(model_builder, "sample_rois") as calls:
             self.steps(1)
-        finally:
-            model_builder.sample_rois = original
+        found = [sampled for _, sampled in calls]
         images = sum(len(sampled.valid) for sampled in found)
         if not images:  # an RPN alone
             return {}
@@ -138,25 +133,60 @@ class OwnTrainer:
         return {"RoIs": rois / images, "foreground": foreground / images}
 
     def _anchor_counts(self) -> dict[str, float]:
-        outs, labels = self.model.RetinaNet_Outs, []
-        original = outs.losses
-
-        def watch(logits: list[Tensor], deltas: list[Tensor], targets: Any) -> Any:
-            labels.append(targets.labels)
-            return original(logits, deltas, targets)
-
-        outs.losses = watch
-        try:
+        with calls_of(self.model.RetinaNet_Outs, "losses") as calls:
             self.steps(1)
-        finally:
-            del outs.losses
-        counts = [int(count) for batch in labels for count in (batch > 0).sum(dim=1)]
-        return {"foreground anchors": statistics.mean(counts)}
+        labels = [image for (_, _, targets), _ in calls for image in targets.labels]
+        return {"foreground anchors": statistics.mean(int((k > 0).sum()) for k in labels)}
 
 
-class TorchvisionTrainer:
-    """torchvision's model, trained as its reference scripts do, without their wait for the loss;
-    methods as OwnTrainer's."""
+class PeerTrainer(ABC):
+    """Another project's model, trained as its own scripts do, without their wait for the loss;
+    methods as OwnTrainer's.
+
+    batches: in memory, of nested lists and dicts; their tensors are copied to the device each step.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[list], device: torch.device, amp: str
+    ) -> None:
+        self.device, self._amp = device, amp
+        self.model = model.to(device).train()
+        # torchvision's keypoint loss takes no other layout than NCHW.
+        if amp != "off" and not cfg.MODEL.KEYPOINTS_ON:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.SGD(trained, LEARNING_RATE, 0.9, weight_decay=1e-4)
+        self._batches = [pinned(batch, device) for batch in batches]
+
+    @abstractmethod
+    def counts(self) -> dict[str, float]: ...
+
+    @abstractmethod
+    def losses(self, batch: list) -> dict[str, Tensor]:
+        """Of a batch on the device."""
+
+    def steps(self, count: int, warm_up: int = 0) -> list[float]:
+        clock, losses, count = _Clock(self.device), [], count + warm_up
+        for step in range(count):
+            clock(step)
+            losses.append(self._step(step))
+        clock(count)
+        if not torch.stack(losses).isfinite().all():
+            raise RuntimeError(f"{type(self).__name__}: the losses are not finite")
+        return clock.milliseconds()[warm_up:]
+
+    def _step(self, step: int) -> Tensor:
+        batch = move_to(self._batches[step % len(self._batches)], self.device)
+        with precision(self.device, self._amp):
+            losses = sum(self.losses(batch).values())
+        self._optimizer.zero_grad()
+        losses.backward()
+        self._optimizer.step()
+        return losses.detach()
+
+
+class TorchvisionTrainer(PeerTrainer):
+    """torchvision's model."""
 
     def __init__(
         self,
@@ -166,78 +196,59 @@ class TorchvisionTrainer:
         compiled: bool = False,
     ) -> None:
         torch.manual_seed(cfg.RNG_SEED)
-        self.device, self._amp = device, amp
-        self.model = torchvision_model(*_sides()).to(device).train()
-        # Its keypoint loss takes no other layout than NCHW.
-        if amp != "off" and not cfg.MODEL.KEYPOINTS_ON:
-            self.model = self.model.to(memory_format=torch.channels_last)
+        packed = [_torchvision_batch(batch) for batch in batches]
+        super().__init__(torchvision_model(*_sides()), packed, device, amp)
         if hasattr(self.model, "rpn"):
             self.model.rpn.register_forward_hook(self._with_near)
         if compiled:
             self.model.backbone = torch.compile(self.model.backbone)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.SGD(trained, LEARNING_RATE, 0.9, weight_decay=1e-4)
-        self._batches = [pinned(_torchvision_batch(batch), device) for batch in batches]
         self._near: list[Tensor] = []
-
-    def steps(self, count: int, warm_up: int = 0) -> list[float]:
-        clock, losses, count = _Clock(self.device), [], count + warm_up
-        for step in range(count):
-            clock(step)
-            losses.append(self._step(step))
-        clock(count)
-        if not torch.stack(losses).isfinite().all():
-            raise RuntimeError("torchvision's losses are not finite")
-        return clock.milliseconds()[warm_up:]
 
     def counts(self) -> dict[str, float]:
         if cfg.RETINANET.RETINANET_ON:
             return self._anchor_counts()
-        heads, found = self.model.roi_heads, []
-        original = heads.select_training_samples
-
-        def watch(*args: Any) -> Any:
-            found.append(original(*args))
-            return found[-1]
-
-        heads.select_training_samples = watch
-        try:
-            self._step(0)
-        finally:
-            del heads.select_training_samples
-        labels = [label for sampled in found for label in sampled[2]]
+        with calls_of(self.model.roi_heads, "select_training_samples") as calls:
+            self.steps(1)
+        labels = [label for _, sampled in calls for label in sampled[2]]
         return {
             "RoIs": statistics.mean(len(label) for label in labels),
             "foreground": statistics.mean(int((label > 0).sum()) for label in labels),
         }
 
     def _anchor_counts(self) -> dict[str, float]:
-        original, found = self.model.head.compute_loss, []
-
-        def watch(*args: Any) -> Any:
-            found.extend(args[-1])  # the objects that the anchors of an image are matched to
-            return original(*args)
-
-        self.model.head.compute_loss = watch
-        try:
-            self._step(0)
-        finally:
-            del self.model.head.compute_loss
+        with calls_of(self.model.head, "compute_loss") as calls:
+            self.steps(1)
+        # The last argument: the objects that the anchors of each image are matched to.
+        found = [matches for args, _ in calls for matches in args[-1]]
         return {"foreground anchors": statistics.mean(int((m >= 0).sum()) for m in found)}
 
-    def _step(self, step: int) -> Tensor:
-        images, targets, self._near = move_to(self._batches[step % len(self._batches)], self.device)
-        with precision(self.device, self._amp):
-            losses = sum(self.model([image / 255 for image in images], targets).values())
-        self._optimizer.zero_grad()
-        losses.backward()
-        self._optimizer.step()
-        return losses.detach()
+    def losses(self, batch: list) -> dict[str, Tensor]:
+        images, targets, self._near = batch
+        return self.model([image / 255 for image in images], targets)
 
     def _with_near(self, module: nn.Module, args: Any, output: tuple) -> tuple:
         proposals, losses = output
         both = [torch.cat(pair) for pair in zip(self._near, proposals, strict=True)]
         return both, losses
+
+
+@contextmanager
+def calls_of(owner: Any, name: str) -> Iterator[list[tuple[tuple, Any]]]:
+    """The arguments and results of the calls of a module's or object's function made inside."""
+    original, own, calls = getattr(owner, name), name in vars(owner), []
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, original(*args, **kwargs)))
+        return calls[-1][1]
+
+    setattr(owner, name, watch)
+    try:
+        yield calls
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
 
 
 class _Clock:
@@ -333,17 +344,22 @@ class TrainCases:
     steps: int = 40
 
 
-def train_rates(device: torch.device, cases: TrainCases) -> Iterator[Rate]:
-    """Measure every case, this project's and torchvision's in turn; yields each when it is there.
+def train_rates(
+    device: torch.device, cases: TrainCases, others: Mapping[str, type[PeerTrainer]]
+) -> Iterator[Rate]:
+    """Measure every case, this project's, torchvision's and the others' in turn; yields each when
+    it is there.
 
-    Raises NonFiniteLossError or RuntimeError if a loss is not finite.
+    others: more peers by name, called as OwnTrainer is; one that fails is left out. Raises
+    NonFiniteLossError or RuntimeError if a loss of this project or torchvision is not finite.
     """
     prepare_device(device)
-    who: dict[str, Callable[..., OwnTrainer | TorchvisionTrainer]] = {"ours": OwnTrainer}
+    who: dict[str, Callable[..., OwnTrainer | PeerTrainer]] = {"ours": OwnTrainer}
     if torchvision_model(*_sides()) is not None:
         who["torchvision"] = TorchvisionTrainer
         if cases.compiled_peer:
             who["torchvision, compiled"] = partial(TorchvisionTrainer, compiled=True)
+    who |= others
     for batch_size in cases.batch_sizes:
         batches = draw_scenes(batch_size, alike=cases.compiled_peer)
         flops = _flops(batches, device)
@@ -351,13 +367,14 @@ def train_rates(device: torch.device, cases: TrainCases) -> Iterator[Rate]:
             floor = flops / matrix_rate(device, AMP_DTYPES[amp] or torch.float32)
             for name, kind in who.items():
                 fresh_memory(device)
-                trainer = kind(batches, device, amp)
-                counts = trainer.counts()
-                times = trainer.steps(cases.steps, WARM_UP)
-                memory = peak_gib(device), reserved_gib(device)
-                rate = timing_of(times), *memory, counts, 1e3 * floor
-                yield Rate(name, PRECISIONS[amp], batch_size, *rate)
-                del trainer
+                with left_out_if_it_fails(name, others):
+                    trainer = kind(batches, device, amp)
+                    counts = trainer.counts()
+                    times = trainer.steps(cases.steps, WARM_UP)
+                    memory = peak_gib(device), reserved_gib(device)
+                    rate = timing_of(times), *memory, counts, 1e3 * floor
+                    yield Rate(name, PRECISIONS[amp], batch_size, *rate)
+                trainer = None
 
 
 def warm_trainer(device: torch.device, cases: TrainCases) -> OwnTrainer:
