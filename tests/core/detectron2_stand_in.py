@@ -168,11 +168,12 @@ class RoIHeads(nn.Module):
 
 
 class Detector(nn.Module):
-    """What build_model makes; `seen` are the inputs of its calls."""
+    """What build_model makes; `seen` are the inputs of its calls, `pasted` whether it was to finish
+    their outputs."""
 
     def __init__(self, config: Node) -> None:
         super().__init__()
-        self.config, self.seen = config, []
+        self.config, self.seen, self.pasted = config, [], []
         self.retina = config.MODEL.META_ARCHITECTURE == "RetinaNet"
         self.backbone = Backbone()
         if self.retina:
@@ -210,6 +211,7 @@ class Detector(nn.Module):
 
     def inference(self, inputs: list[dict], do_postprocess: bool = True) -> list:
         assert not self.training
+        self.pasted.append(do_postprocess)
         features, found = self._features(inputs), []
         for given, feature in zip(inputs, features, strict=True):
             size = tuple(given["image"].shape[1:])

@@ -120,6 +120,7 @@ def test_the_threshold_lets_the_usual_number_through(cfg, kind, paste):
     batches = draw_batches(2, 2, one_size=True)
     detector = Detectron2Detector(batches, CPU, "off", paste)
     assert detector.run() == 4 * 5
+    assert set(detector.model.pasted) == {paste}
     for inputs, batch in zip(detector.model.seen[-2:], batches, strict=True):
         for given, scene in zip(inputs, batch, strict=True):
             assert given.keys() == {"image", "height", "width"}
