@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 # Between them lie targets, NMS and sampling, which are no work for a compiler.
 PARTS = ("Conv_Body", "Box_Head", "Box_Outs", "Mask_Head", "Mask_Outs", "Keypoint_Head",
@@ -20,4 +24,8 @@ def compile_parts(model: nn.Module, backend: str = "inductor") -> nn.Module:
     for name, child in model.named_children():
         if name in PARTS:
             child.compile(backend=backend, dynamic=None)
+    logger.info(
+        "backbone and heads are compiled (MODEL.COMPILE) when images of the first and of a second "
+        "size come: such a step takes minutes, less in later runs, as torch keeps what it compiled"
+    )
     return model

@@ -1,7 +1,7 @@
 // RoIPoolF over one or several feature levels.
 //
 // Forward looks at many channels of a pixel at once. In NCHW, where they are far apart, it first copies
-// an RoI's pixels of some channels.
+// an RoI's pixels of some channels. Few channels are looked at one after the other.
 #include <algorithm>
 #include <vector>
 
@@ -11,6 +11,7 @@ namespace detectron::cpu {
 namespace {
 
 constexpr int64_t kPlanes = 16;      // channels that are copied together
+constexpr int64_t kFew = 4;          // fewer are not worth looking at together
 constexpr int64_t kStrip = 1 << 14;  // at most so many values at a time, or one row of cells
 
 // Where the cells of all RoIs lie.
@@ -68,6 +69,26 @@ void pool_cell(
       }
     }
   }
+}
+
+// The same of one channel, whose pixels begin `step` apart.
+template <typename T>
+void pool_alone(
+    const T* map, int64_t step, int width, Span ys, Span xs, T* pooled, int32_t* argmax) {
+  T best = T(0);
+  int32_t at = -1;
+  for (int y = ys.begin; y < ys.end; ++y) {
+    for (int x = xs.begin; x < xs.end; ++x) {
+      const int32_t index = y * width + x;
+      const T value = map[index * step];
+      if (at < 0 || value > best || value != value) {
+        best = value;
+        at = index;
+      }
+    }
+  }
+  *pooled = best;
+  *argmax = at;
 }
 
 // Rows [first, last) of an RoI's cells.
@@ -138,21 +159,28 @@ void forward(const RoiPool& p) {
     Planes<T> planes;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t r = i % p.rois, channel = i / p.rois * at_once;
-      const int level = cells.rois[r].level;
+      const int64_t n = std::min(at_once, p.channels - channel);
+      const int level = cells.rois[r].level, width = p.widths[level];
+      const MapLayout step = map_layout(p, level);
       const T* map = static_cast<const T*>(p.maps[level]) +
-          image_offset(p, level, cells.rois[r].image) + channel * map_layout(p, level).channel;
+          image_offset(p, level, cells.rois[r].image) + channel * step.channel;
       const Span* ys = cells.spans.data() + r * (p.pooled_h + p.pooled_w);
       const Span* xs = ys + p.pooled_h;
       const int64_t out = pooled_offset(p, r, p.channels, channel, 0);
       T* pooled = static_cast<T*>(p.pooled) + out;
-      if (p.channels_last) {
-        const int width = p.widths[level];
+      int32_t* argmax = p.argmax + out;
+      if (n < kFew) {
+        for_each_item(p, 0, n, [&](int64_t c, int cell) {
+          const int64_t at = pooled_offset(p, 0, p.channels, c, cell);
+          pool_alone(
+              map + c * step.channel, step.pixel, width, ys[cell / p.pooled_w],
+              xs[cell % p.pooled_w], pooled + at, argmax + at);
+        });
+      } else if (p.channels_last) {
         pool_cells<T>(
-            {map, p.channels, width, 0, 0, width}, 0, p.pooled_h, p.pooled_w, ys, xs, pooled,
-            p.argmax + out);
+            {map, n, width, 0, 0, width}, 0, p.pooled_h, p.pooled_w, ys, xs, pooled, argmax);
       } else {
-        const int64_t n = std::min(at_once, p.channels - channel);
-        planes.pool(p, level, map, n, ys, xs, pooled, p.argmax + out);
+        planes.pool(p, level, map, n, ys, xs, pooled, argmax);
       }
     }
   });
