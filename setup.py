@@ -251,6 +251,15 @@ def digest(command: list[str], files: list[Path], key: list[str]) -> str:
     return state.hexdigest()
 
 
+def with_headers(source: Path) -> list[Path]:
+    """A source with those of our headers that it includes, also through each other."""
+    files = [source]
+    for file in files:  # it grows
+        names = re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE)
+        files += [h for h in (file.parent / name for name in names) if h not in files]
+    return files
+
+
 def run_if_changed(command: list[str], inputs: list[Path], output: Path, key: list[str]) -> bool:
     """Run `command`, which writes `output`, unless it last ran with the same inputs: then False."""
     stamp = BUILD / (output.name + ".sha256")
@@ -278,7 +287,6 @@ def build_operators() -> None:
         sources += sorted((OPS / "csrc").glob("*_launch.cpp"))
         sources += sorted((OPS / "csrc").glob("*_cuda.cu"))
     sources.sort(key=lambda path: path.suffix)  # .cpp before .cu is the longest-first order
-    headers = sorted((OPS / "csrc").glob("*.h"))
     BUILD.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> tuple[Path, bool]:
@@ -290,7 +298,7 @@ def build_operators() -> None:
         else:
             command = chain.compile_cpp + chain.cuda_flags
         command = [*command, "-c", str(source), "-o", str(output)]
-        return output, run_if_changed(command, [source, *headers], output, chain.key)
+        return output, run_if_changed(command, with_headers(source), output, chain.key)
 
     with ThreadPoolExecutor(number_of_jobs()) as pool:
         objects = list(pool.map(compile_one, sources))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def build(folder, **environment):
     """Run a copy of the build where PATH has nothing but what the test puts there."""
     shutil.copy(ROOT / "setup.py", folder)
-    (folder / "bin").mkdir()
+    (folder / "bin").mkdir(exist_ok=True)
     clean = {
         k: v for k, v in os.environ.items() if k not in ("CXX", "CC", "CUDA_HOME", "CUDA_PATH")
     }
@@ -49,6 +49,24 @@ def test_the_cpp_library_is_torchs_even_with_a_compiler_that_brings_its_own(tmp_
     result = build(tmp_path, PATH=os.environ["PATH"], CXX=compiler)
     assert "Built lib/ops/_C.so" in result.stdout, result.stderr
     assert b"libstdc++.so" in (tmp_path / "lib" / "ops" / "_C.so").read_bytes()
+
+
+def test_a_changed_header_rebuilds_what_includes_it(tmp_path):
+    csrc = tmp_path / "lib" / "ops" / "csrc"
+    csrc.mkdir(parents=True)
+    (csrc / "number.h").write_text("constexpr int number = 1;\n")
+    (csrc / "between.h").write_text('#include "number.h"\n')
+    (csrc / "library.cpp").write_text('#include "between.h"\nint one() { return number; }\n')
+    (csrc / "other_cpu.cpp").write_text("int two() { return 2; }\n")
+    objects = [tmp_path / "build" / "ops" / f"{name}.cpp.o" for name in ("library", "other_cpu")]
+    build(tmp_path, PATH=os.environ["PATH"])
+    before = [file.read_bytes() for file in objects]
+    for file in objects:
+        file.write_bytes(b"kept")
+    (csrc / "number.h").write_text("constexpr int number = 3;\n")
+    build(tmp_path, PATH=os.environ["PATH"])
+    assert objects[0].read_bytes() not in (b"kept", before[0])
+    assert objects[1].read_bytes() == b"kept"
 
 
 def test_a_missing_library_names_the_command_that_builds_it(tmp_path):
