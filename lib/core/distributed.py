@@ -119,7 +119,7 @@ def distribute(model: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return model
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    vectors = _vectors(model)
     # It is said of 1x1 convolutions in channels_last: strides of sizes of 1, which mean nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with on_training_stream(next(model.parameters()).device):
@@ -135,6 +135,14 @@ def distribute(model: nn.Module) -> nn.Module:
     # Every hundredth step it would read its clocks, which cannot be recorded (core.train_graphs).
     distributed._set_ddp_runtime_logging_sample_rate(1 << 30)
     return distributed
+
+
+def _vectors(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model whose gradients `exchange_the_rest` exchanges."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    vectors = [p for p in trained if p.dim() <= 1]
+    # DistributedDataParallel refuses a model of which it would have nothing to look after.
+    return vectors[1:] if len(vectors) == len(trained) else vectors
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -161,7 +169,7 @@ def exchange_the_rest(model: nn.Module, values: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return values
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    vectors = _vectors(model)
     own = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in vectors]
     together = torch.cat([*(grad.flatten() for grad in own), values])
     dist.all_reduce(together)

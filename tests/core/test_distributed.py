@@ -37,14 +37,19 @@ STEPS = 4
 
 
 class Detector(nn.Module):
-    """Convolutions in channels_last, a frozen layer, draws, and a loss over its own number."""
+    """Convolutions in channels_last, a frozen layer, draws, and a loss over its own number.
 
-    def __init__(self):
+    trained: which of its parameters, by their dimensions.
+    """
+
+    def __init__(self, trained=range(5)):
         super().__init__()
         torch.manual_seed(5)
         self.stem = nn.Conv2d(3, 4, 1).requires_grad_(False)
         self.body = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1))
         self.fc = nn.Linear(4, 3)
+        for parameter in (*self.body.parameters(), *self.fc.parameters()):
+            parameter.requires_grad_(parameter.dim() in trained)
 
     def forward(self, data, image_ids=None):
         features = self.body(self.stem(data)).relu()
@@ -65,10 +70,12 @@ def mini_batch(step, rank):
     return torch.randn(2 + rank % 2, 3, 6 + rank, 8, generator=generator)
 
 
-def train_as_rank(folder, iter_size=1, bad_rank=None, max_bad_steps=0, trouble=None):
+def train_as_rank(
+    folder, iter_size=1, bad_rank=None, max_bad_steps=0, trouble=None, trained=range(5)
+):
     launch = launch_from_environment()
     ranks.join(launch)
-    module = place_model(Detector(), torch.device("cpu"))
+    module = place_model(Detector(trained), torch.device("cpu"))
     if launch.rank:
         nn.init.zeros_(module.fc.weight)  # rank 0's weights count
     torch.manual_seed(launch.rank)
@@ -105,9 +112,9 @@ def train_as_rank(folder, iter_size=1, bad_rank=None, max_bad_steps=0, trouble=N
     raise SystemExit(128 + number if number else 0)
 
 
-def in_turn(world_size, iter_size):
+def in_turn(world_size, iter_size, trained):
     """Weights after every step, and the values logged, of one process with everyone's batches."""
-    model = Detector()
+    model = Detector(trained)
     optimizer = net_utils.build_optimizer(model, SOLVER, iter_size)
     states = []
     for rank in range(world_size):
@@ -128,12 +135,17 @@ def in_turn(world_size, iter_size):
         yield {n: v.clone() for n, v in model.state_dict().items()}, values
 
 
-@pytest.mark.parametrize(("world_size", "iter_size"), [(2, 1), (2, 2), (4, 1)])
-def test_every_step_equals_that_of_one_process(tmp_path, world_size, iter_size):
-    assert set(exit_codes(start_ranks(world_size, train_as_rank, tmp_path, iter_size))) == {0}
+@pytest.mark.parametrize(
+    ("world_size", "iter_size", "trained"),
+    # The gradients of vectors are not exchanged with those of the rest.
+    [(2, 1, range(5)), (2, 2, range(5)), (4, 1, range(5)), (2, 1, (1,)), (2, 1, (2, 4))],
+)
+def test_every_step_equals_that_of_one_process(tmp_path, world_size, iter_size, trained):
+    args = (tmp_path, iter_size, None, 0, None, trained)
+    assert set(exit_codes(start_ranks(world_size, train_as_rank, *args))) == {0}
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     seen = {name: [] for name in ("loss_a", "loss_b", "share")}
-    for step, (weights, values) in enumerate(in_turn(world_size, iter_size)):
+    for step, (weights, values) in enumerate(in_turn(world_size, iter_size, trained)):
         saved = net_utils.read_ckpt(tmp_path / f"model_step{step}.pth")
         for name, value in weights.items():
             torch.testing.assert_close(saved["model"][name], value, atol=1e-5, rtol=1e-5)
