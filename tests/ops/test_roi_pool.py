@@ -68,10 +68,12 @@ def test_golden_values(shared):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_output_and_gradient_agree_with_torchvision(layout):
+@pytest.mark.parametrize("channels", [1, 2, 33])
+def test_output_and_gradient_agree_with_torchvision(channels, layout):
     g = torch.Generator().manual_seed(0)
-    feature = torch.randn(2, 33, 40, 50, generator=g).contiguous(memory_format=LAYOUTS[layout])
-    rois, weight = random_rois(60, extent=400.0), torch.randn(60, 33, 7, 7, generator=g)
+    feature = torch.randn(2, channels, 40, 50, generator=g)
+    feature = feature.contiguous(memory_format=LAYOUTS[layout])
+    rois, weight = random_rois(60, extent=400.0), torch.randn(60, channels, 7, 7, generator=g)
 
     def pool(features, rois, levels, scales):
         return roi_pool(features, rois, 7, scales, levels)
@@ -106,9 +108,13 @@ def test_in_large_cells_of_many_channels_too(layout):
     assert torch.equal(feature.grad, expected)
 
 
-def test_nan_and_infinite_features():
-    feature = torch.zeros(1, 1, 1, 6)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 18])
+def test_nan_and_infinite_features(channels, layout):
+    feature = torch.zeros(1, channels, 1, 6).contiguous(memory_format=LAYOUTS[layout])
     feature[..., 1], feature[..., 2:4], feature[..., 4] = float("nan"), -float("inf"), 1e9
     rois = torch.tensor([[0, 0, 0, 1, 0.0], [0, 2, 0, 3, 0], [0, 0, 0, 5, 0]])
-    nan, low, both = roi_pool(feature, rois, 1, 1.0).flatten()
-    assert nan.isnan() and both.isnan() and low == -float("inf")
+    nan, low, both = roi_pool(feature.requires_grad_(), rois, 1, 1.0).flatten(1)
+    assert nan.isnan().all() and both.isnan().all() and (low == -float("inf")).all()
+    (nan + both).sum().backward()
+    assert (feature.grad[..., 1] == 2).all()  # the NaN is what was taken

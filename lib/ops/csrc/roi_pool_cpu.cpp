@@ -1,7 +1,7 @@
 // RoIPoolF over one or several feature levels.
 //
 // Forward looks at many channels of a pixel at once. In NCHW, where they are far apart, it first copies
-// an RoI's pixels of some channels. Few channels are looked at one after the other.
+// an RoI's pixels of some channels.
 #include <algorithm>
 #include <vector>
 
@@ -11,7 +11,6 @@ namespace detectron::cpu {
 namespace {
 
 constexpr int64_t kPlanes = 16;      // channels that are copied together
-constexpr int64_t kFew = 4;          // fewer are not worth looking at together
 constexpr int64_t kStrip = 1 << 14;  // at most so many values at a time, or one row of cells
 
 // Where the cells of all RoIs lie.
@@ -41,6 +40,26 @@ struct Pixels {
   int map_width;
 };
 
+// pool_cell() of a single channel, in registers.
+template <typename T>
+void pool_value(const Pixels<T>& pixels, Span ys, Span xs, T* pooled, int32_t* argmax) {
+  const T* row = pixels.values + (ys.begin - pixels.top) * pixels.width - pixels.left;
+  T best = row[xs.begin];
+  int32_t at = ys.begin * pixels.map_width + xs.begin;
+  for (int y = ys.begin; y < ys.end; ++y, row += pixels.width) {
+    for (int x = xs.begin; x < xs.end; ++x) {
+      const T value = row[x];
+      if (value <= best) continue;  // nearly always, and then nothing else is asked
+      if (value > best || value != value) {
+        best = value;
+        at = y * pixels.map_width + x;
+      }
+    }
+  }
+  *pooled = best;
+  *argmax = at;
+}
+
 // The first of the largest values, or the last NaN, of each channel of a cell.
 template <typename T>
 void pool_cell(
@@ -51,6 +70,7 @@ void pool_cell(
     std::fill_n(argmax, n, -1);
     return;
   }
+  if (n == 1) return pool_value(pixels, ys, xs, best, argmax);
   for (int y = ys.begin; y < ys.end; ++y) {
     const T* __restrict__ values =
         pixels.values + ((y - pixels.top) * pixels.width + xs.begin - pixels.left) * n;
@@ -69,26 +89,6 @@ void pool_cell(
       }
     }
   }
-}
-
-// The same of one channel, whose pixels begin `step` apart.
-template <typename T>
-void pool_alone(
-    const T* map, int64_t step, int width, Span ys, Span xs, T* pooled, int32_t* argmax) {
-  T best = T(0);
-  int32_t at = -1;
-  for (int y = ys.begin; y < ys.end; ++y) {
-    for (int x = xs.begin; x < xs.end; ++x) {
-      const int32_t index = y * width + x;
-      const T value = map[index * step];
-      if (at < 0 || value > best || value != value) {
-        best = value;
-        at = index;
-      }
-    }
-  }
-  *pooled = best;
-  *argmax = at;
 }
 
 // Rows [first, last) of an RoI's cells.
@@ -161,26 +161,18 @@ void forward(const RoiPool& p) {
       const int64_t r = i % p.rois, channel = i / p.rois * at_once;
       const int64_t n = std::min(at_once, p.channels - channel);
       const int level = cells.rois[r].level, width = p.widths[level];
-      const MapLayout step = map_layout(p, level);
       const T* map = static_cast<const T*>(p.maps[level]) +
-          image_offset(p, level, cells.rois[r].image) + channel * step.channel;
+          image_offset(p, level, cells.rois[r].image) + channel * map_layout(p, level).channel;
       const Span* ys = cells.spans.data() + r * (p.pooled_h + p.pooled_w);
       const Span* xs = ys + p.pooled_h;
       const int64_t out = pooled_offset(p, r, p.channels, channel, 0);
       T* pooled = static_cast<T*>(p.pooled) + out;
-      int32_t* argmax = p.argmax + out;
-      if (n < kFew) {
-        for_each_item(p, 0, n, [&](int64_t c, int cell) {
-          const int64_t at = pooled_offset(p, 0, p.channels, c, cell);
-          pool_alone(
-              map + c * step.channel, step.pixel, width, ys[cell / p.pooled_w],
-              xs[cell % p.pooled_w], pooled + at, argmax + at);
-        });
-      } else if (p.channels_last) {
+      if (p.channels_last || n == 1) {  // the pixels of one plane lie as they are wanted
         pool_cells<T>(
-            {map, n, width, 0, 0, width}, 0, p.pooled_h, p.pooled_w, ys, xs, pooled, argmax);
+            {map, n, width, 0, 0, width}, 0, p.pooled_h, p.pooled_w, ys, xs, pooled,
+            p.argmax + out);
       } else {
-        planes.pool(p, level, map, n, ys, xs, pooled, argmax);
+        planes.pool(p, level, map, n, ys, xs, pooled, p.argmax + out);
       }
     }
   });
