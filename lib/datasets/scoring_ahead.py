@@ -13,6 +13,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 IMAGES_AT_ONCE = 16
 LEAST_IMAGES = 100  # of fewer the scores take less time than the processes
 MOST_PROCESSES = 6
+_ADVICE = "if memory ran out, score the detections file with --eval_only"
 _NO_GROUPS = np.zeros((0, 3), dtype=np.int64)
 
 
@@ -128,8 +130,8 @@ class ScoringAhead:
         except (EOFError, OSError):
             self._process.join()
             raise RuntimeError(
-                f"the process that scores has ended by itself (code {self._process.exitcode}); if "
-                "memory ran out, score the detections file with --eval_only"
+                f"the process that scores has ended by itself (code {self._process.exitcode}); "
+                f"{_ADVICE}"
             ) from None
         if isinstance(answer, UserError):
             raise answer
@@ -185,6 +187,8 @@ def _serve(
         answer = _score(connection, dataset, kinds, output_dir)
     except UserError as error:
         answer = error
+    except BrokenProcessPool:
+        answer = f"one of those that it had begun has ended by itself; {_ADVICE}"
     except Exception:
         answer = traceback.format_exc()  # with that of a process of the pool, if it is its
     connection.send(answer)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import signal
 import sys
 import time
 
@@ -141,6 +143,17 @@ def test_a_process_that_is_killed_is_named_in_the_end(dataset, tmp_path, caplog)
         hand_over(ahead, detections(dataset), np.arange(IMAGES))  # the test itself goes on
         assert caplog.text.count("has ended by itself") == 1
         with pytest.raises(RuntimeError, match="has ended by itself"):
+            ahead.result()
+
+
+def test_a_process_of_the_pool_that_is_killed_is_no_riddle(dataset, tmp_path, monkeypatch):
+    def part(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("datasets.coco_results.KindOfResults.part", part)
+    with ScoringAhead(dataset, ["bbox"], tmp_path) as ahead:
+        hand_over(ahead, detections(dataset), np.arange(IMAGES))
+        with pytest.raises(RuntimeError, match="begun has ended by itself; if memory ran out"):
             ahead.result()
 
 
