@@ -31,7 +31,7 @@ from core.test import ClassBoxes, ClassKeyps, ClassSegms
 from datasets.entry import RoidbEntry
 from datasets.json_dataset import JsonDataset
 from utils.run_dir import plain
-from utils.weights import atomic_write, unpickle_data
+from utils.weights import NUMPY_FROM_BUFFER, atomic_write, unpickle_data
 
 logger = logging.getLogger(__name__)
 
@@ -115,19 +115,17 @@ class DatasetResults:
             pickler.dump(content | extra)
 
 
-_FROM_BUFFER = _NO_BOXES.__reduce_ex__(5)[0]
-
-
 def _reduced(array: np.ndarray) -> tuple:
     """What numpy tells pickle of an array, in half the time: there are 50,000 in 1,000 images."""
     if array.flags.c_contiguous and not array.dtype.hasobject:
-        return _FROM_BUFFER, (pickle.PickleBuffer(array), array.dtype, array.shape, "C")
+        return NUMPY_FROM_BUFFER, (pickle.PickleBuffer(array), array.dtype, array.shape, "C")
     return array.__reduce_ex__(5)
 
 
 def config_text() -> str:
     """The config as result files keep it."""
-    # libyaml, where it is there, writes the same in a fifth of the time.
+    # libyaml, where it is there, writes the same in a fifth of the time (it may break long lines
+    # that are not ASCII elsewhere).
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     return yaml.dump(plain(cfg), Dumper=dumper, sort_keys=False)
 

@@ -26,7 +26,7 @@ _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _BUILTINS = ("builtins", "__builtin__")
 _NUMPY_RECONSTRUCT = np.zeros(0).__reduce__()[0]
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-_NUMPY_FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
+NUMPY_FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]  # makes an array of a pickle's bytes
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
@@ -50,7 +50,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _encode_latin1,
     **{(module, "_reconstruct"): _NUMPY_RECONSTRUCT for module in _MULTIARRAY},
     **{(module, "scalar"): _number for module in _MULTIARRAY},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _NUMPY_FROM_BUFFER for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): NUMPY_FROM_BUFFER for core in ("core", "_core")},
     **{
         (module, kind.__name__): kind
         for module in _BUILTINS
