@@ -185,7 +185,8 @@ def save_torch_file(content: Any, path: str | Path) -> None:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that takes its name only once it is complete and on the disk.
 
-    A failure inside the `with` block leaves what stood under that name before.
+    A failure inside the `with` block leaves what stood under that name before. An OSError, of a
+    full disk for example, names the file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -195,6 +196,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     _fsync_folder(path.parent)
