@@ -1,8 +1,8 @@
 """Convolutions with what follows them: frozen or group normalisation, residual, ReLU.
 
 On CUDA that is one operator (`ops.conv_act`). On the CPU, where oneDNN's convolutions add the bias
-themselves, and for torch.compile and torch.export, it is the plain expression. Modules with hooks
-are called, so that the hooks are.
+themselves, for torch.compile, which makes one kernel of what follows a convolution, and for
+torch.export it is the plain expression. Modules with hooks are called, so that the hooks are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ops
 from nn.affine import AffineChannel2d
-from nn.group_norm import group_norm, hooked
+from nn.group_norm import exporting, group_norm, hooked
 
 
 def conv_norm(
@@ -63,7 +63,7 @@ def conv_norm_lateral(conv: nn.Conv2d, norm: nn.GroupNorm | None, x: Tensor, top
     if norm is None and _fused(x) and not hooked(conv, norm):
         return _conv_act(conv, norm, x, False, top)
     out = conv_norm(conv, norm, x)
-    if _fused(x) and out.dtype == top.dtype:
+    if x.is_cuda and out.dtype == top.dtype and not exporting():
         return ops.upsample_add(out, top)
     return out + F.interpolate(top, scale_factor=2, mode="nearest")
 

@@ -16,18 +16,23 @@ def group_norm(
 
     One operator (`ops.group_norm`), which under autocast leaves x in its half type and in its
     memory format: torch's own runs in float32 there, and on CUDA copies channels_last maps to
-    another layout and back. For torch.compile and torch.export, and where the norm has hooks, the
-    plain expression.
+    another layout and back. For torch.export, and where the norm has hooks, the plain expression.
 
     Args:
         x: (N, C, H, W); residual: of its shape.
     """
-    if not (torch.compiler.is_compiling() or hooked(norm)):
+    if not (exporting() or hooked(norm)):
         residual = None if residual is None else residual.to(x.dtype)
         return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, relu, residual)
     out = norm(x)
     out = out if residual is None else out + residual
     return F.relu(out) if relu else out
+
+
+def exporting() -> bool:
+    """Whether torch.export (strict=False) looks on, whose programs get plain expressions."""
+    # Under torch.compile torch.compiler.is_exporting() is true as well (torch 2.11).
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def hooked(*modules: nn.Module | None) -> bool:

@@ -54,6 +54,22 @@ def test_gradients_on_the_cpu():
         torch.testing.assert_close(a, b)
 
 
+def test_it_is_an_operator_when_compiled_and_plain_when_exported():
+    block, (x,) = Block(group_norm), make_maps(1)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(block, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), block(x))
+    operator = torch.ops.detectron.group_norm
+    assert any(node.target is operator for node in graphs[0].graph.nodes)
+    program = torch.export.export(block, (x,), strict=False)
+    assert not any("detectron" in str(node.target) for node in program.graph.nodes)
+
+
 class Block(nn.Module):
     """Convolution, norm, residual and ReLU as in a bottleneck."""
 
