@@ -182,7 +182,7 @@ class Stem(nn.Module):
         self.add_module(self.norm_name, _norm(dim_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = mynn.conv_norm(self.conv1, getattr(self, self.norm_name), x, relu=True)
+        x = mynn.conv_norm_stem(self.conv1, getattr(self, self.norm_name), x)
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
