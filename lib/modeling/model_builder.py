@@ -192,9 +192,9 @@ class Generalized_RCNN(nn.Module):
         losses: dict[str, Tensor] = {}
         from_files = not (cfg.MODEL.FASTER_RCNN or cfg.MODEL.RPN_ONLY)
         if not from_files:
-            logits, deltas = self.RPN.predict(features[self.rpn_maps])
+            rpn_features = features[self.rpn_maps]
             targets = rpn_targets(
-                torch.cat(self.RPN.anchors(logits)),
+                torch.cat(self.RPN.anchors(rpn_features)),
                 gt_boxes * scale,
                 gt_own,
                 im_info,
@@ -204,10 +204,11 @@ class Generalized_RCNN(nn.Module):
                 fg_fraction=cfg.TRAIN.RPN_FG_FRACTION,
                 straddle_thresh=cfg.TRAIN.RPN_STRADDLE_THRESH,
             )
-            losses |= self.RPN.losses(logits, deltas, targets)
+            losses |= self.RPN.losses(rpn_features, targets)
             if cfg.MODEL.RPN_ONLY:
                 return {"losses": losses, "metrics": {}}
-            found = self.RPN.propose(logits, deltas, im_info)
+            with torch.no_grad():
+                found = self._proposals(features, im_info)
             proposals, proposals_valid = found.boxes * (1.0 / scale), found.valid
         elif proposals is None:  # the files have none for any of the images
             proposals, proposals_valid = gt_boxes[:, :0], gt_own[:, :0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nn as mynn
+import ops
 from core.config import cfg
 from core.errors import UserError
 from modeling import generate_proposals as gp
@@ -61,7 +63,7 @@ class _RPN(nn.Module):
             self.register_buffer(f"cell_anchors{name}", cells, persistent=False)
         self.dim_out = dim_out
         self.softmax = cfg.RPN.CLS_ACTIVATION == "softmax"
-        num_anchors = len(cell_anchors[0])
+        self.num_anchors = num_anchors = len(cell_anchors[0])
         num_scores = 2 * num_anchors if self.softmax else num_anchors
         for name, conv in (
             ("conv", nn.Conv2d(dim_in, dim_out, 3, padding=1)),
@@ -84,9 +86,7 @@ class _RPN(nn.Module):
 
     def predict(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Logits (N, A, H, W) and deltas (N, 4A, H, W) of each level."""
-        conv, cls_score, bbox_pred = (
-            getattr(self, f"{self.prefix}_{name}") for name in ("conv", "cls_score", "bbox_pred")
-        )
+        conv, cls_score, bbox_pred = self._layers()
         logits, deltas = [], []
         for x in features:
             hidden = mynn.conv_norm(conv, None, x, relu=True)
@@ -99,6 +99,39 @@ class _RPN(nn.Module):
             logits.append(score)
             deltas.append(mynn.conv_norm(bbox_pred, None, hidden))
         return logits, deltas
+
+    def predict_at(self, features: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+        """What predict() gives at some anchors of each image, worked out for them alone.
+
+        Their gradient is all that the RPN learns from: over the whole maps it is zeros.
+
+        Args:
+            index: (N, S) int64, anchors of all levels side by side.
+
+        Returns:
+            Logits (N, S) and deltas (N, S, 4), float32 (float64 for float64 features).
+        """
+        conv, cls_score, bbox_pred = self._layers()
+        windows = ops.anchor_windows(features, index, self.num_anchors)
+        hidden = F.linear(windows.flatten(2), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+        hidden = F.relu(hidden)
+        scores, deltas = (
+            F.linear(hidden, layer.weight.flatten(1), layer.bias)
+            for layer in (cls_score, bbox_pred)
+        )
+        of_cell = (index % self.num_anchors).unsqueeze(-1)
+        score = scores[..., -self.num_anchors :].gather(2, of_cell).squeeze(-1)
+        if self.softmax:
+            score = score - scores.gather(2, of_cell).squeeze(-1)
+        deltas = deltas.unflatten(2, (-1, 4))
+        deltas = deltas.gather(2, of_cell.unsqueeze(-1).expand(-1, -1, -1, 4)).squeeze(2)
+        wide = torch.promote_types(torch.float32, deltas.dtype)
+        return score.to(wide), deltas.to(wide)
+
+    def _layers(self) -> Iterator[nn.Conv2d]:
+        return (
+            getattr(self, f"{self.prefix}_{name}") for name in ("conv", "cls_score", "bbox_pred")
+        )
 
     def anchors(self, maps: list[Tensor]) -> list[Tensor]:
         """Anchors (H * W * A, 4) of each level's map (N, ?, H, W)."""
@@ -123,31 +156,24 @@ class _RPN(nn.Module):
             return gp.collect_over_batch(proposals, top_n)
         return gp.collect_per_image(proposals, options["post_nms_top_n"])
 
-    def losses(
-        self, logits: list[Tensor], deltas: list[Tensor], targets: RPNTargets
-    ) -> dict[str, Tensor]:
+    def losses(self, features: list[Tensor], targets: RPNTargets) -> dict[str, Tensor]:
         """`loss_rpn_cls*` and `loss_rpn_bbox*`, one pair a level.
 
         Args:
-            logits, deltas: as predict() gives them.
+            features: each level's map (N, C, H, W).
             targets: as roi_data.rpn.rpn_targets gives them.
         """
         index, used = targets.index, targets.labels >= 0
-        level, places = _levels_of(index, [x[0].numel() for x in logits])
+        logits, deltas = self.predict_at(features, index)
         bce = F.binary_cross_entropy_with_logits(
-            _gather(logits, 1, level, places).squeeze(-1),
-            targets.labels.clamp(min=0).float(),
-            weight=used.float(),
+            logits,
+            targets.labels.clamp(min=0).to(logits.dtype),
+            weight=used.to(logits.dtype),
             reduction="none",
         )
-        smooth = F.smooth_l1_loss(
-            _gather(deltas, 4, level, places),
-            targets.bbox_targets,
-            beta=1.0 / 9,
-            reduction="none",
-        )
+        smooth = F.smooth_l1_loss(deltas, targets.bbox_targets, beta=1.0 / 9, reduction="none")
         box = smooth.sum(dim=-1) * targets.bbox_weights
-        in_level = level == torch.arange(len(logits), device=index.device).view(-1, 1, 1)
+        in_level = _in_level(index, [x[0, 0].numel() * self.num_anchors for x in features])
         sums = torch.where(in_level.unsqueeze(1), torch.stack([bce, box]), 0.0).sum(dim=(2, 3))
         if self.softmax or not self.multilevel:
             cls_norm = (in_level & used).sum(dim=(1, 2)).clamp(min=1)
@@ -161,34 +187,13 @@ class _RPN(nn.Module):
         return losses
 
 
-def _levels_of(index: Tensor, counts: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """Where anchors `index` (N, S) of all levels side by side are, of so many anchors each.
-
-    Returns:
-        The level (N, S) int64, and for each level the place (N, S) among its own anchors: some
-        place in it for those of other levels.
-    """
-    level, places = torch.zeros_like(index), []
-    for start, count in zip(itertools.accumulate(counts, initial=0), counts, strict=False):
-        if start:
-            level += index >= start
-        places.append((index - start).remainder(count))
-    return level, places
-
-
-def _gather(maps: list[Tensor], values: int, level: Tensor, places: list[Tensor]) -> Tensor:
-    """(N, S, values) float32 of the levels' maps (N, A * values, H, W), places as _levels_of().
-
-    Level by level, so that neither the maps nor their gradients are copied side by side.
-    """
-    found = [
-        x.permute(0, 2, 3, 1)
-        .reshape(len(x), -1, values)
-        .gather(1, place.unsqueeze(-1).expand(-1, -1, values))
-        for x, place in zip(maps, places, strict=True)
-    ]
-    own = level.view(1, *level.shape, 1).expand(-1, -1, -1, values)
-    return torch.stack(found).gather(0, own).squeeze(0).float()
+def _in_level(index: Tensor, counts: list[int]) -> Tensor:
+    """(L, N, S) bool: which of the anchors `index` (N, S) of all levels side by side are of each
+    level, of so many anchors each."""
+    ends = itertools.accumulate(counts)
+    return torch.stack(
+        [(index >= end - count) & (index < end) for end, count in zip(ends, counts, strict=True)]
+    )
 
 
 class single_scale_rpn_outputs(_RPN):

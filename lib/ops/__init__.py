@@ -1,5 +1,6 @@
 """The compiled operators, one a file; each runs on CPU and CUDA with the same results."""
 
+from .anchor_windows import anchor_windows
 from .box_voting import SCORING_METHODS as VOTING_METHODS
 from .box_voting import box_voting
 from .conv_act import conv_act
@@ -23,6 +24,7 @@ __all__ = [
     "AnchorMatches",
     "SOFT_NMS_METHODS",
     "VOTING_METHODS",
+    "anchor_windows",
     "batched_nms",
     "batched_soft_nms",
     "box_voting",

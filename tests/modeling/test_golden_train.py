@@ -96,8 +96,8 @@ class Replay:
 
         model, arrays = self.model, self.arrays
         features = model._features(self.data())
-        logits, deltas = model.RPN.predict(features)
-        losses = model.RPN.losses(logits, deltas, self.rpn_targets(logits))
+        logits, _ = model.RPN.predict(features)
+        losses = model.RPN.losses(features, self.rpn_targets(logits))
         blob_conv = model._roi_maps(features)
         rois = torch.from_numpy(arrays["rois"])
         labels = torch.from_numpy(arrays["labels_int32"]).long()

@@ -40,7 +40,7 @@ def test_loss_is_cross_entropy_of_two_classes_averaged_over_a_level(rpn):
     zeros = torch.zeros(2, sum(counts))
     index = torch.arange(sum(counts)).expand(2, -1)
     targets = RPNTargets(index, labels, torch.zeros(2, sum(counts), 4), zeros)
-    losses = rpn.losses(*rpn.predict(maps), targets)
+    losses = rpn.losses(maps, targets)
     for level, x, part in zip(LEVELS, maps, labels.split(counts, dim=1), strict=True):
         scores = two_scores(rpn, x).flatten(0, 1)
         expected = F.cross_entropy(scores, part.flatten().long(), ignore_index=-1)
@@ -49,21 +49,23 @@ def test_loss_is_cross_entropy_of_two_classes_averaged_over_a_level(rpn):
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_losses_of_slots_are_those_over_all_anchors(rpn, activation, device, cfg):
+def test_losses_of_slots_are_those_of_the_whole_maps(rpn, activation, device, cfg):
     """Values and gradients, with slots that do not count and a level that nothing was drawn in."""
-    rpn.softmax = activation == "softmax"
+    if activation == "sigmoid":
+        cfg.RPN.CLS_ACTIVATION = activation
+        rpn = type(rpn)(4)
+        for parameter in rpn.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    rpn.double().to(device)
     sizes, counts = [(6, 8), (3, 4)], [6 * 8 * ANCHORS, 3 * 4 * ANCHORS]
     total = sum(counts)
     g = torch.Generator().manual_seed(3)
-    logits, deltas = (
-        [
-            torch.randn(2, ANCHORS * values, *size, generator=g)
-            .to(device, memory_format=torch.channels_last)
-            .requires_grad_()
-            for size in sizes
-        ]
-        for values in (1, 4)
-    )
+    maps = [
+        torch.randn(2, 4, *size, generator=g, dtype=torch.double)
+        .to(device, memory_format=torch.channels_last)
+        .requires_grad_()
+        for size in sizes
+    ]
     index = torch.stack([torch.randperm(total, generator=g)[:40] for _ in range(2)])
     index[1] %= counts[0]
     labels = torch.randint(-1, 2, (2, 40), generator=g)
@@ -72,7 +74,8 @@ def test_losses_of_slots_are_those_over_all_anchors(rpn, activation, device, cfg
     goals = torch.randn(2, 40, 4, generator=g) * (labels == 1).unsqueeze(-1)
     weights = torch.rand(2, 40, generator=g) * (labels == 1)
     index, labels, goals, weights = (x.to(device) for x in (index, labels, goals, weights))
-    losses = rpn.losses(logits, deltas, RPNTargets(index, labels.to(torch.int8), goals, weights))
+    losses = rpn.losses(maps, RPNTargets(index, labels.to(torch.int8), goals, weights))
+    logits, deltas = rpn.predict(maps)
     expected = {}
     for level, size in enumerate(sizes):
         start = sum(counts[:level])
@@ -86,7 +89,8 @@ def test_losses_of_slots_are_those_over_all_anchors(rpn, activation, device, cfg
             score = logits[level][image, a, y, x]
             cls, used = cls - F.logsigmoid(score if labels[image, slot] else -score), used + 1
             delta = deltas[level][image, 4 * a : 4 * a + 4, y, x]
-            smooth = F.smooth_l1_loss(delta, goals[image, slot], beta=1 / 9, reduction="sum")
+            goal = goals[image, slot].double()
+            smooth = F.smooth_l1_loss(delta, goal, beta=1 / 9, reduction="sum")
             box = box + smooth * weights[image, slot]
         norm = used if rpn.softmax else cfg.TRAIN.RPN_BATCH_SIZE_PER_IM * 2
         expected[f"loss_rpn_cls_fpn{LEVELS[level]}"] = cls / norm
@@ -96,13 +100,29 @@ def test_losses_of_slots_are_those_over_all_anchors(rpn, activation, device, cfg
         torch.testing.assert_close(losses[name], expected[name])
     weight = dict(zip(losses, torch.rand(len(losses), generator=g), strict=True))
     found, slow = (
-        torch.autograd.grad(sum(x[name] * weight[name].item() for name in x), [*logits, *deltas])
+        torch.autograd.grad(
+            sum(x[name] * weight[name].item() for name in x), [*maps, *rpn.parameters()]
+        )
         for x in (losses, expected)
     )
     for a, b in zip(found, slow, strict=True):
         torch.testing.assert_close(a, b)
     empty = RPNTargets(index, torch.full_like(labels, -1).to(torch.int8), goals * 0, weights * 0)
-    assert all(value == 0 for value in rpn.losses(logits, deltas, empty).values())
+    assert all(value == 0 for value in rpn.losses(maps, empty).values())
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_predictions_at_anchors_are_those_of_the_maps(rpn, activation, cfg):
+    cfg.RPN.CLS_ACTIVATION = activation
+    rpn = type(rpn)(4)
+    maps = [torch.randn(2, 4, 6, 8), torch.randn(2, 4, 3, 4)]
+    logits, deltas = rpn.predict(maps)
+    all_of_them = torch.arange(60 * ANCHORS).expand(2, -1)
+    score, delta = rpn.predict_at(maps, all_of_them)
+    scores = [x.permute(0, 2, 3, 1).flatten(1) for x in logits]
+    torch.testing.assert_close(score, torch.cat(scores, dim=1))
+    rows = [x.permute(0, 2, 3, 1).reshape(2, -1, 4) for x in deltas]
+    torch.testing.assert_close(delta, torch.cat(rows, dim=1))
 
 
 def test_proposals_score_the_foregrounds_probability(rpn):

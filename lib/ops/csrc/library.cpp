@@ -1,6 +1,7 @@
 // Schemas of the operators and their registration. Only torch/library.h: one build serves any Python.
 #include <torch/library.h>
 
+#include "anchor_windows_ops.h"
 #include "conv_act.h"
 #include "ops.h"
 
@@ -66,6 +67,10 @@ TORCH_LIBRARY(detectron, m) {
   m.def(
       "sample_anchors(Tensor foreground, Tensor background, Tensor random, int max_foreground)"
       " -> (Tensor, Tensor)");
+  m.def("anchor_windows(Tensor[] features, Tensor index, int num_anchors) -> Tensor");
+  m.def(
+      "anchor_windows_backward(Tensor grad, Tensor index, int num_anchors, SymInt[] sizes,"
+      " bool channels_last) -> Tensor[]");
   m.def(
       "sigmoid_focal_loss(Tensor logits, Tensor labels, float alpha, float gamma, bool with_grad)"
       " -> (Tensor, Tensor)");
@@ -106,6 +111,8 @@ TORCH_LIBRARY_IMPL(detectron, CPU, m) {
   m.impl("sum_2x2", &detectron::cpu::sum_2x2);
   m.impl("match_anchors", &detectron::cpu::match_anchors);
   m.impl("sample_anchors", &detectron::cpu::sample_anchors);
+  m.impl("anchor_windows", &detectron::cpu::anchor_windows);
+  m.impl("anchor_windows_backward", &detectron::cpu::anchor_windows_backward);
 }
 
 #ifdef WITH_CUDA
@@ -136,6 +143,8 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
   m.impl("sigmoid_focal_loss", &detectron::cuda::sigmoid_focal_loss);
   m.impl("match_anchors", &detectron::cuda::match_anchors);
   m.impl("sample_anchors", &detectron::cuda::sample_anchors);
+  m.impl("anchor_windows", &detectron::cuda::anchor_windows);
+  m.impl("anchor_windows_backward", &detectron::cuda::anchor_windows_backward);
 }
 #else
 namespace {
@@ -154,8 +163,8 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
                            "batched_soft_nms", "box_voting", "paste_masks", "encode_masks",
                            "group_norm", "group_norm_backward",
                            "bias_act_", "relu_backward", "channel_sum", "add_upsampled",
-                           "sum_2x2", "match_anchors", "sample_anchors",
-                           "sigmoid_focal_loss"}) {
+                           "sum_2x2", "match_anchors", "sample_anchors", "anchor_windows",
+                           "anchor_windows_backward", "sigmoid_focal_loss"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
   }
 }
