@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pycocotools import mask as mask_util
 from pycocotools.cocoeval import Params
 
 _NEARLY_ONE = 1 - 1e-10  # as IoU threshold in pycocotools, 1 is this
+_COLUMNS = ("image", "category", "rank", "score", "matched", "ignored")  # of Matches
 
 Arrays = dict[str, np.ndarray]
 
@@ -54,7 +56,10 @@ class Found(Shapes):
 
 @dataclass(frozen=True)
 class Matches:
-    """What became of the detections of some images, at each of A sizes of objects and T IoUs."""
+    """What became of the detections of some images, at each of A sizes of objects and T IoUs.
+
+    The detections are in the order of their classes.
+    """
 
     image: np.ndarray  # (n,) int64, as of Shapes
     category: np.ndarray  # (n,) int64
@@ -63,6 +68,13 @@ class Matches:
     matched: np.ndarray  # (n, ceil(A * T / 8)) uint8: bits in the order of (A, T)
     ignored: np.ndarray  # the same: counts neither as right nor as wrong
     objects: np.ndarray  # (A, K) int64: how many of each of the K classes there are to find
+
+    def of_classes(self, first: int, end: int) -> Matches:
+        """Those of the classes first .. end - 1; of the others there is nothing to find either."""
+        rows = slice(*np.searchsorted(self.category, (first, end)).tolist())
+        objects = np.zeros_like(self.objects)
+        objects[:, first:end] = self.objects[:, first:end]
+        return Matches(**{name: getattr(self, name)[rows] for name in _COLUMNS}, objects=objects)
 
 
 def match(objects: Objects, found: Found, kind: str, params: Params) -> Matches:
@@ -255,24 +267,42 @@ def _greedy(
     return matched, ignored
 
 
-def accumulate(parts: Sequence[Matches], params: Params) -> Arrays:
-    """The numbers of COCOeval.eval of the images of all parts, each in one of them.
+def by_classes(parts: Sequence[Matches], shares: int) -> list[list[Matches]]:
+    """The parts again for each share of the classes, which have about equally many detections."""
+    categories = np.concatenate([part.category for part in parts])
+    classes = parts[0].objects.shape[1]
+    ends = np.cumsum(np.bincount(categories, minlength=classes))
+    targets = np.arange(1, shares) * len(categories) / shares
+    borders = [0, *np.searchsorted(ends, targets, side="right").tolist(), classes]
+    return [[part.of_classes(*share) for part in parts] for share in pairwise(borders)]
+
+
+def blank_sums(params: Params, make: Callable[[tuple[int, ...]], np.ndarray] = np.empty) -> Arrays:
+    """The numbers of COCOeval.eval as they are of classes without objects: -1.
+
+    make: an array of that shape, float64.
 
     Returns:
         precision and scores: (IoU, recall, class, area, number of detections) float64;
-        recall: (IoU, class, area, number of detections). -1 where a class has no objects.
+        recall: (IoU, class, area, number of detections).
     """
-    columns = {
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in ("image", "category", "rank", "score", "matched", "ignored")
-    }
+    axes = len(params.iouThrs), len(params.catIds), len(params.areaRng), len(params.maxDets)
+    each = axes[0], len(params.recThrs), *axes[1:]
+    whole = {"precision": make(each), "recall": make(axes), "scores": make(each)}
+    for values in whole.values():
+        values.fill(-1)
+    return whole
+
+
+def accumulate(parts: Sequence[Matches], params: Params, whole: Arrays) -> None:
+    """Put the numbers of the images of all parts, each in one of them, into `whole`, which is of
+    blank_sums. Classes that have no objects in these parts stay as they are there."""
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
     rank, image, category = (_narrow(columns[name]) for name in ("rank", "image", "category"))
     order = np.lexsort((rank, image, -columns["score"], category))
     columns = {name: values[order] for name, values in columns.items()}
     objects = sum(part.objects for part in parts)
     axes = len(params.iouThrs), len(params.catIds), len(params.areaRng), len(params.maxDets)
-    each = axes[0], len(params.recThrs), *axes[1:]
-    whole = {"precision": -np.ones(each), "recall": -np.ones(axes), "scores": -np.ones(each)}
     borders = np.searchsorted(columns["category"], np.arange(axes[1] + 1)).tolist()
     for k in np.flatnonzero(objects.any(axis=0)).tolist():
         rows = slice(borders[k], borders[k + 1])
@@ -292,7 +322,6 @@ def accumulate(parts: Sequence[Matches], params: Params) -> Arrays:
                 whole[name][:, :, k, there, m] = values.transpose(1, 2, 0)
             hits = hits.reshape(axes[2], axes[0])[there]
             whole["recall"][:, k, there, m] = (hits / to_find[there, None]).T
-    return whole
 
 
 def _narrow(numbers: np.ndarray) -> np.ndarray:

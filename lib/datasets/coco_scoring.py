@@ -17,7 +17,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
 from core.errors import UserError
-from datasets.coco_matching import Found, Matches, Objects, accumulate, match
+from datasets.coco_matching import (
+    Arrays,
+    Found,
+    Matches,
+    Objects,
+    accumulate,
+    blank_sums,
+    match,
+)
 from datasets.forked_pool import in_processes
 from utils.device import available_cpus
 from utils.keypoints import PERSON_KEYPOINTS
@@ -51,7 +59,7 @@ def evaluate(
     """
     if evaluator == "fast":
         scored = unscored(coco, kind, image_ids, sigmas)
-        return complete(scored, _match_results(scored, results, kind, processes))
+        return complete(scored, sums(scored, _match_results(scored, results, kind, processes)))
     truth = ground_truth(coco, image_ids, kind)
     with contextlib.redirect_stdout(io.StringIO()):
         return _by_pycocotools(truth, results, kind, sorted(image_ids), sigmas)
@@ -82,11 +90,17 @@ def unscored(
         return _make(truth, _without_annotations(truth), kind, sorted(image_ids), sigmas)
 
 
-def complete(scored: COCOeval, parts: Sequence[Matches]) -> COCOeval:
-    """Fill the object with the numbers of all its images, each matched in one of the parts."""
-    found = accumulate(parts, scored.params)
+def sums(scored: COCOeval, parts: Sequence[Matches]) -> Arrays:
+    """The numbers of all images of the object, each matched in one of the parts."""
+    whole = blank_sums(scored.params)
+    accumulate(parts, scored.params, whole)
+    return whole
+
+
+def complete(scored: COCOeval, whole: Arrays) -> COCOeval:
+    """Fill the object with its numbers."""
     params = copy.copy(scored.params)
-    scored.eval = {"params": params, "counts": list(found["precision"].shape), **found}
+    scored.eval = {"params": params, "counts": list(whole["precision"].shape), **whole}
     return scored
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
+import mmap
 import multiprocessing
 import signal
 import sys
@@ -11,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from roi_data.loader_workers import START_METHOD
@@ -54,6 +57,13 @@ def forked_pool(processes: int, function: Callable[[Any], Any]) -> ProcessPoolEx
 def call_shared(item: Any) -> Any:
     """The function of this process of a forked_pool."""
     return _shared[0](item)
+
+
+def shared_array(shape: tuple[int, ...]) -> np.ndarray:
+    """float64, made before processes are forked: what one of them writes the others see."""
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(8 * count, 1))
+    return np.frombuffer(memory, dtype=np.float64, count=count).reshape(shape)
 
 
 def end_with_parent() -> None:

@@ -23,6 +23,7 @@ from pycocotools.cocoeval import COCOeval
 
 from core.config import cfg
 from datasets import coco_scoring
+from datasets.coco_matching import Arrays
 from datasets.coco_results import KindOfResults, Part, image_found, joined_text
 from datasets.forked_pool import in_processes
 from datasets.json_dataset import JsonDataset
@@ -104,11 +105,9 @@ def _evaluate(
     return coco_eval
 
 
-def score_parts(results: KindOfResults, parts: Sequence[Part], output_dir: Path) -> Evaluation:
-    """What _evaluate does with parts that were matched as they came, but for write_results."""
-    if results.unscored is None:
-        return Evaluation(None, [])
-    coco_eval = _scored(results, parts)
+def score_sums(results: KindOfResults, whole: Arrays, output_dir: Path) -> Evaluation:
+    """What _evaluate does once all is matched and added up, but for write_results."""
+    coco_eval = coco_scoring.complete(results.unscored, whole)
     messages = _summary(results, coco_eval)
     _pickle(coco_eval, results.kind, output_dir)
     return Evaluation(coco_eval.stats, messages)
@@ -180,7 +179,8 @@ def write_results(results: KindOfResults, parts: Sequence[Part], output_dir: Pat
 def _scored(results: KindOfResults, parts: Sequence[Part]) -> COCOeval:
     dataset, kind = results.dataset, results.kind
     if results.unscored is not None:
-        return coco_scoring.complete(results.unscored, [part.matches for part in parts])
+        whole = coco_scoring.sums(results.unscored, [part.matches for part in parts])
+        return coco_scoring.complete(results.unscored, whole)
     sigmas = coco_scoring.keypoint_sigmas(dataset.COCO) if kind == "keypoints" else None
     listed = json.loads(b"".join(joined_text(parts)))
     return coco_scoring.evaluate(

@@ -11,35 +11,21 @@ import logging
 import multiprocessing
 import pickle
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
 from core.errors import UserError
-from datasets.coco_results import ImageFound, Part, image_found
-from datasets.coco_scoring import default_processes
-from datasets.forked_pool import call_shared, end_with_parent, forked_pool
+from datasets.coco_results import ImageFound, image_found
 from datasets.json_dataset import JsonDataset
-from datasets.json_dataset_evaluator import (
-    Evaluation,
-    kind_of_results,
-    score_parts,
-    write_results,
-)
+from datasets.json_dataset_evaluator import Evaluation
+from datasets.scoring_process import ADVICE, serve
 
 logger = logging.getLogger(__name__)
 
 IMAGES_AT_ONCE = 16
 LEAST_IMAGES = 100  # of fewer the scores take less time than the processes
-MOST_PROCESSES = 6
-_ADVICE = "if memory ran out, score the detections file with --eval_only"
-_NO_GROUPS = np.zeros((0, 3), dtype=np.int64)
 
 
 class ScoringAhead:
@@ -58,7 +44,7 @@ class ScoringAhead:
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, self._connection, dataset, self._kinds, output_dir)
+            target=serve, args=(theirs, self._connection, dataset, self._kinds, output_dir)
         )
         self._process.start()
         theirs.close()  # or its end would not be noticed
@@ -131,7 +117,7 @@ class ScoringAhead:
             self._process.join()
             raise RuntimeError(
                 f"the process that scores has ended by itself (code {self._process.exitcode}); "
-                f"{_ADVICE}"
+                f"{ADVICE}"
             ) from None
         if isinstance(answer, UserError):
             raise answer
@@ -170,64 +156,3 @@ class ScoringAhead:
         except RuntimeError as error:
             logger.warning("%s\nThe test goes on without it, to fail at its end.", error)
             self._failure = error
-
-
-def _serve(
-    connection: Connection,
-    others: Connection,
-    dataset: JsonDataset,
-    kinds: Sequence[str],
-    output_dir: Path,
-) -> None:
-    """What the process does that is forked from the test."""
-    end_with_parent()
-    sys.setswitchinterval(5e-4)  # the pool's threads hand out work while this one writes
-    others.close()
-    try:
-        answer = _score(connection, dataset, kinds, output_dir)
-    except UserError as error:
-        answer = error
-    except BrokenProcessPool:
-        answer = f"one of those that it had begun has ended by itself; {_ADVICE}"
-    except Exception:
-        answer = traceback.format_exc()  # with that of a process of the pool, if it is its
-    connection.send(answer)
-
-
-def _score(
-    connection: Connection, dataset: JsonDataset, kinds: Sequence[str], output_dir: Path
-) -> dict[str, Evaluation]:
-    results = {kind: kind_of_results(dataset, kind) for kind in kinds}
-
-    def work(task: bytes | tuple[str, list[Part]]) -> list[Part] | Evaluation:
-        """A part of each kind, of the images in a message; or the scores of a kind."""
-        if isinstance(task, bytes):
-            found = pickle.loads(task)
-            return [of_kind.part(found) for of_kind in results.values()]
-        kind, parts = task
-        return score_parts(results[kind], parts, output_dir)
-
-    made = []
-    pool = forked_pool(min(default_processes(), MOST_PROCESSES), work)
-    try:
-        pool.submit(int)  # the processes are forked now, not when images wait
-        connection.send(None)
-        while images := connection.recv_bytes():
-            made.append(pool.submit(call_shared, images))
-            for part in made:
-                if part.done():
-                    part.result()  # raises what went wrong there
-        by_kind = dict(zip(kinds, zip(*(part.result() for part in made), strict=True), strict=True))
-        scores = {
-            kind: pool.submit(
-                call_shared, (kind, [Part(part.matches, _NO_GROUPS, b"") for part in parts])
-            )
-            for kind, parts in by_kind.items()
-        }
-        written = {
-            kind: write_results(results[kind], parts, output_dir) for kind, parts in by_kind.items()
-        }
-        done = {kind: score.result() for kind, score in scores.items()}
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    return {kind: Evaluation(of.stats, of.messages + written[kind]) for kind, of in done.items()}

@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from core.benchmark_eval import synthesise
 from core.errors import UserError
 from datasets import coco_scoring, json_dataset_evaluator
+from datasets.coco_matching import Matches, accumulate, blank_sums, by_classes
 from datasets.dataset_catalog import resolve_dataset
 from datasets.json_dataset import JsonDataset
 
@@ -77,6 +78,33 @@ def test_several_processes_have_the_same_numbers(shared, cfg, monkeypatch):
     assert together.eval["precision"].max() > 0
     for key in ("precision", "recall", "scores"):
         np.testing.assert_array_equal(together.eval[key], alone.eval[key])
+
+
+@pytest.mark.parametrize("shares", [1, 3, 100])
+def test_classes_are_added_up_apart_as_together(shares):
+    """Of 7 classes, one of which most detections have, one without any."""
+    rng, params = np.random.default_rng(0), COCOeval(iouType="bbox").params
+    params.catIds = list(range(7))
+    parts = []
+    for image in range(5):
+        n = int(rng.integers(40))
+        category = np.sort(rng.choice(7, n, p=(0, 0.05, 0.05, 0.7, 0.1, 0.05, 0.05)))
+        bits = rng.integers(0, 256, (2, n, 5), dtype=np.uint8)
+        rank = np.arange(n) - np.searchsorted(category, category)
+        objects = rng.integers(0, 3, (4, 7))
+        parts.append(
+            Matches(np.full(n, image), category, rank, rng.random(n), bits[0], bits[1], objects)
+        )
+    whole, apart = blank_sums(params), blank_sums(params)
+    accumulate(parts, params, whole)
+    shared_out = by_classes(parts, shares)
+    numbers = [sum(len(part.score) for part in share) for share in shared_out]
+    assert len(numbers) == shares and sum(numbers) == sum(len(part.score) for part in parts)
+    for share in shared_out:
+        accumulate(share, params, apart)
+    assert whole["precision"].max() > 0
+    for key in ("precision", "recall", "scores"):
+        np.testing.assert_array_equal(apart[key], whole[key])
 
 
 def test_nothing_found_is_scored(tiny_dataset, cfg):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from datasets import json_dataset_evaluator, scoring_ahead, task_evaluation
+from datasets import json_dataset_evaluator, scoring_process, task_evaluation
 from datasets.dataset_catalog import resolve_dataset
 from datasets.demo_shapes import make_demo_data
 from datasets.json_dataset import JsonDataset
@@ -61,7 +61,11 @@ def hand_over(ahead: ScoringAhead, found: tuple, order: np.ndarray) -> None:
     ahead.complete()
 
 
-def test_the_scores_and_files_are_those_of_the_end(dataset, tmp_path, caplog):
+@pytest.mark.parametrize("processes", [1, 6])  # these share out the classes of a kind
+def test_the_scores_and_files_are_those_of_the_end(
+    dataset, tmp_path, caplog, monkeypatch, processes
+):
+    monkeypatch.setattr(scoring_process, "default_processes", lambda: processes)
     found = detections(dataset)
     order = np.random.default_rng(1).permutation(IMAGES)  # as batches of one size each give them
     folders = tmp_path / "end", tmp_path / "ahead"
@@ -82,19 +86,30 @@ def test_the_scores_and_files_are_those_of_the_end(dataset, tmp_path, caplog):
     names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
     assert names[0] == names[1] and len(names[0]) == 4
     for name in names[0]:
-        if name.endswith(".json"):
-            assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_data_without_annotations_are_written_only(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(JsonDataset, "has_annotations", False)
+    with ScoringAhead(dataset, ["bbox", "segm"], tmp_path) as ahead:
+        hand_over(ahead, detections(dataset), np.arange(IMAGES))
+        evaluations = ahead.result()
+    assert [of_kind.stats for of_kind in evaluations.values()] == [None, None]
+    for (kind, of_kind), name in zip(evaluations.items(), ("bbox", "segmentations"), strict=True):
+        (message,) = of_kind.messages
+        assert "no annotations to score by" in message and f"{name}_" in message, kind
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"] * 2
 
 
 def test_the_test_does_not_wait_for_the_processes_to_begin(dataset, tmp_path, monkeypatch):
     found, handed_over = detections(dataset), multiprocessing.get_context("fork").Event()
-    kind_of_results = scoring_ahead.kind_of_results
+    kind_of_results = scoring_process.kind_of_results
 
     def slow(*args):
         assert handed_over.wait(60)
         return kind_of_results(*args)
 
-    monkeypatch.setattr(scoring_ahead, "kind_of_results", slow)
+    monkeypatch.setattr(scoring_process, "kind_of_results", slow)
     with ScoringAhead(dataset, ["bbox"], tmp_path) as ahead:
         for i in range(IMAGES):
             ahead.add(i, *([of_label[i] for of_label in kind] for kind in found))
@@ -127,7 +142,7 @@ def test_a_user_s_mistake_stays_one(dataset, tmp_path, monkeypatch):
     def wrong(*_):
         raise UserError("sigmas are wrong")
 
-    monkeypatch.setattr(scoring_ahead, "kind_of_results", wrong)
+    monkeypatch.setattr(scoring_process, "kind_of_results", wrong)
     with (
         pytest.raises(UserError, match="sigmas are wrong"),
         ScoringAhead(dataset, ["bbox"], tmp_path) as ahead,

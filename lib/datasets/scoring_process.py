@@ -1,0 +1,136 @@
+"""The process that scores beside a test, and its pool: datasets.scoring_ahead's other end.
+
+As images come, the processes of the pool match and write down what was found. In the end they add
+up the classes, a share each, and make the scores of a kind, while this one writes the files.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from datasets.coco_matching import Matches, accumulate, blank_sums, by_classes
+from datasets.coco_results import Part
+from datasets.coco_scoring import default_processes
+from datasets.forked_pool import call_shared, end_with_parent, forked_pool, shared_array
+from datasets.json_dataset import JsonDataset
+from datasets.json_dataset_evaluator import (
+    Evaluation,
+    kind_of_results,
+    score_sums,
+    write_results,
+)
+
+MOST_PROCESSES = 6
+ADVICE = "if memory ran out, score the detections file with --eval_only"
+
+
+def serve(
+    connection: Connection,
+    others: Connection,
+    dataset: JsonDataset,
+    kinds: Sequence[str],
+    output_dir: Path,
+) -> None:
+    """What the process does that is forked from the test: reads images found, answers with scores.
+
+    others: the test's end of the connection. Sent are None once images are waited for, then the
+    Evaluation of each kind; or, instead of either, a UserError or the text of another failure.
+    """
+    end_with_parent()
+    sys.setswitchinterval(5e-4)  # the pool's threads hand out work while this one writes
+    others.close()
+    try:
+        answer = _score(connection, dataset, kinds, output_dir)
+    except UserError as error:
+        answer = error
+    except BrokenProcessPool:
+        answer = f"one of those that it had begun has ended by itself; {ADVICE}"
+    except Exception:
+        answer = traceback.format_exc()  # with that of a process of the pool, if it is its
+    connection.send(answer)
+
+
+class _Work:
+    """What the processes of the pool do: made before they are forked, and shared by them."""
+
+    def __init__(self, dataset: JsonDataset, kinds: Sequence[str], output_dir: Path) -> None:
+        self.results = {kind: kind_of_results(dataset, kind) for kind in kinds}
+        self.output_dir = output_dir
+        self.sums = {
+            kind: blank_sums(of_kind.unscored.params, shared_array)
+            for kind, of_kind in self.results.items()
+            if of_kind.unscored is not None
+        }
+
+    def __call__(self, task: tuple) -> Any:
+        """task: the name of one of the methods below, and its arguments."""
+        name, *arguments = task
+        return getattr(self, name)(*arguments)
+
+    def parts(self, images: bytes) -> list[Part]:
+        """A part of each kind, of the images in a message."""
+        found = pickle.loads(images)
+        return [of_kind.part(found) for of_kind in self.results.values()]
+
+    def add_up(self, kind: str, matches: Sequence[Matches]) -> None:
+        """The numbers of the classes that are in there."""
+        accumulate(matches, self.results[kind].unscored.params, self.sums[kind])
+
+    def scores(self, kind: str) -> Evaluation:
+        """Of all classes, once they have been added up."""
+        return score_sums(self.results[kind], self.sums[kind], self.output_dir)
+
+    def write(self, kind: str, parts: Sequence[Part]) -> list[str]:
+        return write_results(self.results[kind], parts, self.output_dir)
+
+
+def _score(
+    connection: Connection, dataset: JsonDataset, kinds: Sequence[str], output_dir: Path
+) -> dict[str, Evaluation]:
+    work = _Work(dataset, kinds, output_dir)
+    processes = min(default_processes(), MOST_PROCESSES)
+    shares = max(1, processes // len(kinds))  # of the classes of a kind
+    made = []
+    pool = forked_pool(processes, work)
+    try:
+        pool.submit(int)  # the processes are forked now, not when images wait
+        connection.send(None)
+        while images := connection.recv_bytes():
+            made.append(pool.submit(call_shared, ("parts", images)))
+            for part in made:
+                if part.done():
+                    part.result()  # raises what went wrong there
+        by_kind = dict(zip(kinds, zip(*(part.result() for part in made), strict=True), strict=True))
+        adding = {
+            kind: [
+                pool.submit(call_shared, ("add_up", kind, matches))
+                for matches in by_classes([part.matches for part in by_kind[kind]], shares)
+            ]
+            for kind in work.sums
+        }
+        # Files of different kinds wait for the disk at the same time.
+        with ThreadPoolExecutor(len(kinds)) as threads:
+            written = threads.map(work.write, kinds, by_kind.values())
+            scores = {}
+            for kind, futures in adding.items():
+                for future in futures:
+                    future.result()
+                scores[kind] = pool.submit(call_shared, ("scores", kind))
+            messages = dict(zip(kinds, written, strict=True))
+        done = {kind: score.result() for kind, score in scores.items()}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    evaluations = {}
+    for kind in kinds:
+        of_kind = done.get(kind, Evaluation(None, []))
+        evaluations[kind] = Evaluation(of_kind.stats, of_kind.messages + messages[kind])
+    return evaluations
