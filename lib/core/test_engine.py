@@ -333,7 +333,8 @@ def test_net(
                     _draw(found, folder / "vis" / pictures[start + image], dataset)
                 progress.advance()
         if ahead is not None:
-            ahead.complete()
+            with stages.timed("hand over"):
+                ahead.complete()
         with stages.timed("write detections"):
             part.finish(folder / DETECTIONS_FILE if ind_range is None else None)
     return part.results
