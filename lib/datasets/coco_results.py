@@ -205,12 +205,13 @@ class KindOfResults:
 def joined_text(parts: Sequence[Part]) -> Iterator[bytes | memoryview]:
     """The bytes of the result file: by class, then by image, as one JSON list."""
     groups = np.concatenate([part.groups for part in parts])
-    views: list[memoryview] = []
-    for part in parts:
-        ends = np.cumsum(part.groups[:, 2])
-        slices = map(slice, (ends - part.groups[:, 2]).tolist(), ends.tolist())
-        views.extend(map(memoryview(part.text).__getitem__, slices))
+    ends = [np.cumsum(part.groups[:, 2]) for part in parts]
+    views = [
+        memoryview(part.text)[end - length : end]
+        for part, of_part in zip(parts, ends, strict=True)
+        for end, length in zip(of_part.tolist(), part.groups[:, 2].tolist(), strict=True)
+    ]
     order = np.lexsort((groups[:, 1], groups[:, 0])).tolist()
     yield b"["
-    yield b", ".join(map(views.__getitem__, order))
+    yield b", ".join([views[i] for i in order])
     yield b"]"
