@@ -205,13 +205,19 @@ class PartFile:
     ) -> None:
         self.start, self._make_fingerprint = start, fingerprint
         self.path = part_path(folder, start, end, kind)
-        self.results = kind.blank(end - start)
+        self._kind = kind
         self.done = np.zeros(end - start, dtype=bool)
         self._saved = time.monotonic()
         self._taken: list[Path] = []
         for path, first, last in part_files(folder, kind):
             if max(first, start) < min(last, end):
                 self._take_over(path, first)
+
+    @cached_property
+    def results(self) -> Any:
+        """Of all images of the range. Empty ones of many images take a moment to make: it is one in
+        which the device works, if none have been taken over."""
+        return self._kind.blank(len(self.done))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -259,7 +265,7 @@ class PartFile:
 
     def _take_over(self, path: Path, first: int) -> None:
         try:
-            other, rest = self.results.load(path)
+            other, rest = self._kind.load(path)
         except UserError as error:
             logger.warning("%s; it is ignored", error)
             return
