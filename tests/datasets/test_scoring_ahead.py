@@ -161,11 +161,12 @@ def test_a_process_that_is_killed_is_named_in_the_end(dataset, tmp_path, caplog)
             ahead.result()
 
 
-def test_a_process_of_the_pool_that_is_killed_is_no_riddle(dataset, tmp_path, monkeypatch):
-    def part(*_):
+@pytest.mark.parametrize("doing", ["coco_results.KindOfResults.part", "scoring_process.accumulate"])
+def test_a_process_of_the_pool_that_is_killed_is_no_riddle(dataset, tmp_path, monkeypatch, doing):
+    def killed(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("datasets.coco_results.KindOfResults.part", part)
+    monkeypatch.setattr(f"datasets.{doing}", killed)
     with ScoringAhead(dataset, ["bbox"], tmp_path) as ahead:
         hand_over(ahead, detections(dataset), np.arange(IMAGES))
         with pytest.raises(RuntimeError, match="begun has ended by itself; if memory ran out"):
