@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ops
 from nn.affine import AffineChannel2d
-from nn.group_norm import exporting, group_norm, hooked
+from nn.group_norm import group_norm, hooked
 
 
 def conv_norm(
@@ -63,8 +63,13 @@ def conv_norm_lateral(conv: nn.Conv2d, norm: nn.GroupNorm | None, x: Tensor, top
     if norm is None and _fused(x) and not hooked(conv, norm):
         return _conv_act(conv, norm, x, False, top)
     out = conv_norm(conv, norm, x)
-    if x.is_cuda and out.dtype == top.dtype and not exporting():
+    if _fused(x) and out.dtype == top.dtype:
         return ops.upsample_add(out, top)
+    if torch.compiler.is_dynamo_compiling():
+        # One kernel and, unlike interpolate() under autocast, in the maps' own type. Not the
+        # operator: inductor writes out all that leads to one it meets first, here a backbone.
+        blocks = out.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)) + top[:, :, :, None, :, None]
+        return blocks.flatten(4, 5).flatten(2, 3)
     return out + F.interpolate(top, scale_factor=2, mode="nearest")
 
 

@@ -64,6 +64,19 @@ def test_the_fused_step_down_the_pyramid_equals_the_plain_one(cfg, monkeypatch, 
         torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("use_gn", [False, True])
+def test_the_compiled_step_down_the_pyramid_equals_the_plain_one(cfg, use_gn):
+    cfg.FPN.USE_GN = use_gn
+    module = topdown_lateral_module(8, 64)
+    top, lateral = torch.randn(2, 64, 3, 4), torch.randn(2, 8, 6, 8)
+    plain = run(module, top, lateral)
+    module.compile(backend="aot_eager", fullgraph=True)
+    for compiled, expected in zip(run(module, top, lateral), plain, strict=True):
+        torch.testing.assert_close(compiled, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(top.bfloat16(), lateral).dtype == torch.bfloat16
+
+
 def test_a_stack_is_its_layers_one_by_one(monkeypatch):
     layers = nn.Sequential(
         *(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(inplace=True)),
