@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nn as mynn
+import ops
 from core.config import cfg
 from modeling.blobs import conv_norm_blobs
 from modeling.roi_head import RoIHead
@@ -183,7 +184,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = mynn.conv_norm_stem(self.conv1, getattr(self, self.norm_name), x)
-        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        return ops.max_pool(x)
 
 
 class Bottleneck(nn.Module):

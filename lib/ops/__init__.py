@@ -7,6 +7,7 @@ from .conv_act import conv_act
 from .group_norm import group_norm
 from .image_batch import image_batch
 from .match_anchors import AnchorMatches, match_anchors
+from .max_pool import max_pool
 from .nms import batched_nms, nms
 from .paste_masks import masks_to_rles, paste_masks
 from .polygons_to_masks import polygons_to_masks
@@ -33,6 +34,7 @@ __all__ = [
     "image_batch",
     "masks_to_rles",
     "match_anchors",
+    "max_pool",
     "nms",
     "paste_masks",
     "polygons_to_masks",

@@ -3,6 +3,7 @@
 
 #include "anchor_windows_ops.h"
 #include "conv_act.h"
+#include "max_pool_ops.h"
 #include "ops.h"
 
 TORCH_LIBRARY(detectron, m) {
@@ -71,6 +72,7 @@ TORCH_LIBRARY(detectron, m) {
   m.def(
       "anchor_windows_backward(Tensor grad, Tensor index, int num_anchors, SymInt[] sizes,"
       " bool channels_last) -> Tensor[]");
+  m.def("max_pool(Tensor x) -> Tensor");
   m.def(
       "sigmoid_focal_loss(Tensor logits, Tensor labels, float alpha, float gamma, bool with_grad)"
       " -> (Tensor, Tensor)");
@@ -141,6 +143,7 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
   m.impl("add_upsampled", &detectron::cuda::add_upsampled);
   m.impl("sum_2x2", &detectron::cuda::sum_2x2);
   m.impl("sigmoid_focal_loss", &detectron::cuda::sigmoid_focal_loss);
+  m.impl("max_pool", &detectron::cuda::max_pool);
   m.impl("match_anchors", &detectron::cuda::match_anchors);
   m.impl("sample_anchors", &detectron::cuda::sample_anchors);
   m.impl("anchor_windows", &detectron::cuda::anchor_windows);
@@ -164,7 +167,7 @@ TORCH_LIBRARY_IMPL(detectron, CUDA, m) {
                            "group_norm", "group_norm_backward",
                            "bias_act_", "relu_backward", "channel_sum", "add_upsampled",
                            "sum_2x2", "match_anchors", "sample_anchors", "anchor_windows",
-                           "anchor_windows_backward", "sigmoid_focal_loss"}) {
+                           "anchor_windows_backward", "max_pool", "sigmoid_focal_loss"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
   }
 }
