@@ -7,9 +7,12 @@ A head is a class `(dim_in, roi_xform_func, spatial_scale)` with `dim_out`,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import nn as mynn
 from core.config import cfg
@@ -64,14 +67,18 @@ class mask_rcnn_outputs(nn.Module):
             index = labels.view(-1, 1, 1, 1).expand(-1, 1, self.resolution, self.resolution)
             return self._logits(x).gather(1, index).squeeze(1)
         self._check_size(x)
-        weight = self.classify.weight[:, :, 0, 0][labels].to(x.dtype)
+        weight, bias = self.classify.weight.flatten(1), self.classify.bias.unsqueeze(1)
+        weight, bias = _Rows.apply(torch.cat([weight, bias], dim=1), labels).split(
+            [weight.shape[1], 1], dim=1
+        )
+        weight = weight.to(x.dtype)
         # In the features' own memory format, or all their gradients would come in another one.
         if x.is_contiguous(memory_format=torch.channels_last):
             logits = torch.bmm(x.permute(0, 2, 3, 1).flatten(1, 2), weight.unsqueeze(2))
         else:
             logits = torch.bmm(weight.unsqueeze(1), x.flatten(2))
         logits = logits.view(len(x), 1, *x.shape[2:])
-        logits = logits.float() + self.classify.bias[labels].view(-1, 1, 1, 1)
+        logits = logits.float() + bias.view(-1, 1, 1, 1)
         return (logits if self.upsample is None else self.upsample(logits)).squeeze(1)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -95,6 +102,24 @@ class mask_rcnn_outputs(nn.Module):
                 f"{cfg.MRCNN.UPSAMPLE_RATIO} needs {self.feature_size}x{self.feature_size}: change "
                 "one of them, or MRCNN.ROI_XFORM_RESOLUTION"
             )
+
+
+class _Rows(torch.autograd.Function):
+    """rows[index] of rows (C, D), index (R,), whose gradient is a matrix product: that of indexing
+    adds the rows of one class up one after another."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = len(rows)
+        return rows[index]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        chosen = index == torch.arange(ctx.count, device=index.device).unsqueeze(1)
+        return chosen.to(grad.dtype) @ grad, None
 
 
 def mask_rcnn_loss(logits: Tensor, targets: Tensor, valid: Tensor, weight: float) -> Tensor:

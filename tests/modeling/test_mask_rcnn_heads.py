@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+import torch.nn.functional as F
 
 from core.errors import UserError
 
@@ -70,6 +70,20 @@ def test_predictions_are_those_of_the_formula(options, specific, outputs):
     labels = torch.tensor([2, 0, 3])
     own = expected[torch.arange(3), labels if specific else 0]
     torch.testing.assert_close(module.of_class(x, labels), own, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rois", [40, 0])
+def test_the_gradient_of_one_class_an_roi_is_that_of_all_masks(rois, outputs):
+    module = outputs().double()
+    x = torch.randn(rois, DIM, SIZE, SIZE, dtype=torch.double, requires_grad=True)
+    labels = torch.randint(CLASSES, (rois,))
+    given = torch.randn(rois, SIZE, SIZE, dtype=torch.double)
+    every = F.conv2d(x, module.classify.weight, module.classify.bias)
+    inputs = (x, module.classify.weight, module.classify.bias)
+    found = torch.autograd.grad(module.of_class(x, labels), inputs, given.float())
+    wanted = torch.autograd.grad(every[torch.arange(rois), labels], inputs, given)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_only_the_predictor_has_a_blob_and_is_trained(outputs):
