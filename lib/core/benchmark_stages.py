@@ -54,6 +54,7 @@ FUNCTIONS = (
 # the innermost counts.
 METHODS = (
     ("RPN", "predict", RPN_HEAD),
+    ("RPN", "predict_at", RPN_HEAD),
     ("RPN", "propose", PROPOSALS),
     ("RPN", "losses", LOSSES),
     ("RetinaNet_Outs", "predict", RETINANET_HEAD),

@@ -69,12 +69,21 @@ class Matches:
     ignored: np.ndarray  # the same: counts neither as right nor as wrong
     objects: np.ndarray  # (A, K) int64: how many of each of the K classes there are to find
 
-    def of_classes(self, first: int, end: int) -> Matches:
-        """Those of the classes first .. end - 1; of the others there is nothing to find either."""
-        rows = slice(*np.searchsorted(self.category, (first, end)).tolist())
-        objects = np.zeros_like(self.objects)
-        objects[:, first:end] = self.objects[:, first:end]
-        return Matches(**{name: getattr(self, name)[rows] for name in _COLUMNS}, objects=objects)
+    def by_classes(self, groups: int) -> list[Matches]:
+        """Those of each group of classes, of about as many classes each; to be added up apart."""
+        classes = self.objects.shape[1]
+        borders = np.linspace(0, classes, groups + 1).round().astype(np.int64)
+        rows = np.searchsorted(self.category, borders).tolist()
+        found = []
+        for (first, end), (begin, stop) in zip(
+            pairwise(borders.tolist()), pairwise(rows), strict=True
+        ):
+            # Of the other classes there is nothing to find either.
+            objects = np.zeros_like(self.objects)
+            objects[:, first:end] = self.objects[:, first:end]
+            columns = {name: getattr(self, name)[begin:stop] for name in _COLUMNS}
+            found.append(Matches(**columns, objects=objects))
+        return found
 
 
 def match(objects: Objects, found: Found, kind: str, params: Params) -> Matches:
@@ -265,16 +274,6 @@ def _greedy(
                 if second_best:
                     ignored[who] |= takes
     return matched, ignored
-
-
-def by_classes(parts: Sequence[Matches], shares: int) -> list[list[Matches]]:
-    """The parts again for each share of the classes, which have about equally many detections."""
-    categories = np.concatenate([part.category for part in parts])
-    classes = parts[0].objects.shape[1]
-    ends = np.cumsum(np.bincount(categories, minlength=classes))
-    targets = np.arange(1, shares) * len(categories) / shares
-    borders = [0, *np.searchsorted(ends, targets, side="right").tolist(), classes]
-    return [[part.of_classes(*share) for part in parts] for share in pairwise(borders)]
 
 
 def blank_sums(params: Params, make: Callable[[tuple[int, ...]], np.ndarray] = np.empty) -> Arrays:

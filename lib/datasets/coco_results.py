@@ -7,7 +7,7 @@ order, and joined at the end.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
@@ -202,16 +202,29 @@ class KindOfResults:
         return match(objects, found, self.kind, params)
 
 
-def joined_text(parts: Sequence[Part]) -> Iterator[bytes | memoryview]:
-    """The bytes of the result file: by class, then by image, as one JSON list."""
-    groups = np.concatenate([part.groups for part in parts])
-    ends = [np.cumsum(part.groups[:, 2]) for part in parts]
-    views = [
-        memoryview(part.text)[end - length : end]
-        for part, of_part in zip(parts, ends, strict=True)
-        for end, length in zip(of_part.tolist(), part.groups[:, 2].tolist(), strict=True)
-    ]
-    order = np.lexsort((groups[:, 1], groups[:, 0])).tolist()
-    yield b"["
-    yield b", ".join([views[i] for i in order])
-    yield b"]"
+class ResultText:
+    """The bytes of a result file, of parts in any order: by class, then by image, as one JSON list.
+
+    What can be done as the parts come is done then.
+    """
+
+    def __init__(self, parts: Iterable[Part] = ()) -> None:
+        self._groups: list[np.ndarray] = []
+        self._pieces: list[memoryview] = []
+        for part in parts:
+            self.add(part)
+
+    def add(self, part: Part) -> None:
+        lengths, text = part.groups[:, 2], memoryview(part.text)
+        self._groups.append(part.groups)
+        self._pieces += [
+            text[end - length : end]
+            for end, length in zip(np.cumsum(lengths).tolist(), lengths.tolist(), strict=True)
+        ]
+
+    def joined(self) -> Iterator[bytes]:
+        groups = np.concatenate(self._groups)
+        order = np.lexsort((groups[:, 1], groups[:, 0])).tolist()
+        yield b"["
+        yield b", ".join([self._pieces[i] for i in order])
+        yield b"]"

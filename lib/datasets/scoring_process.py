@@ -1,7 +1,8 @@
 """The process that scores beside a test, and its pool: datasets.scoring_ahead's other end.
 
-As images come, the processes of the pool match and write down what was found. In the end they add
-up the classes, a share each, and make the scores of a kind, while this one writes the files.
+As images come, the processes of the pool match and write down what was found, and this one sorts
+that by classes. In the end they add up some classes at a time, and make the scores of a kind, while
+this one writes the files. The test waits for what is done in the end alone: it is little.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 import pickle
 import sys
 import traceback
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from datasets.coco_matching import Matches, accumulate, blank_sums, by_classes
-from datasets.coco_results import Part
-from datasets.coco_scoring import default_processes
+from datasets.coco_matching import accumulate, blank_sums
+from datasets.coco_results import Part, ResultText
 from datasets.forked_pool import call_shared, end_with_parent, forked_pool, shared_array
 from datasets.json_dataset import JsonDataset
 from datasets.json_dataset_evaluator import (
@@ -28,8 +29,11 @@ from datasets.json_dataset_evaluator import (
     score_sums,
     write_results,
 )
+from utils.device import available_cpus
 
-MOST_PROCESSES = 6
+MOST_PROCESSES = 12
+# They are added up one after another by whichever process is free. Few detections are of most.
+GROUPS_OF_CLASSES = 16
 ADVICE = "if memory ran out, score the detections file with --eval_only"
 
 
@@ -81,45 +85,66 @@ class _Work:
         found = pickle.loads(images)
         return [of_kind.part(found) for of_kind in self.results.values()]
 
-    def add_up(self, kind: str, matches: Sequence[Matches]) -> None:
-        """The numbers of the classes that are in there."""
-        accumulate(matches, self.results[kind].unscored.params, self.sums[kind])
+    def add_up(self, kind: str, matches: Sequence[bytes]) -> None:
+        """The numbers of the classes that are in there, of each part pickled."""
+        loaded = [pickle.loads(of_part) for of_part in matches]
+        accumulate(loaded, self.results[kind].unscored.params, self.sums[kind])
 
     def scores(self, kind: str) -> Evaluation:
         """Of all classes, once they have been added up."""
         return score_sums(self.results[kind], self.sums[kind], self.output_dir)
 
-    def write(self, kind: str, parts: Sequence[Part]) -> list[str]:
-        return write_results(self.results[kind], parts, self.output_dir)
+    def write(self, kind: str, found: _Found) -> list[str]:
+        return write_results(self.results[kind], found.text, self.output_dir)
+
+
+class _Found:
+    """What the parts of a kind say, ready for the end of the test."""
+
+    def __init__(self) -> None:
+        self.text = ResultText()
+        # Of each group of classes its pickled matches in each part.
+        self.matches: list[list[bytes]] = [[] for _ in range(GROUPS_OF_CLASSES)]
+
+    def add(self, part: Part) -> None:
+        self.text.add(part)
+        if part.matches is not None:
+            groups = part.matches.by_classes(GROUPS_OF_CLASSES)
+            for of_group, matches in zip(self.matches, groups, strict=True):
+                of_group.append(pickle.dumps(matches, pickle.HIGHEST_PROTOCOL))
 
 
 def _score(
     connection: Connection, dataset: JsonDataset, kinds: Sequence[str], output_dir: Path
 ) -> dict[str, Evaluation]:
     work = _Work(dataset, kinds, output_dir)
-    processes = min(default_processes(), MOST_PROCESSES)
-    shares = max(1, processes // len(kinds))  # of the classes of a kind
-    made = []
-    pool = forked_pool(processes, work)
+    found = {kind: _Found() for kind in kinds}
+    made: deque[Future] = deque()
+
+    def take_first() -> None:
+        for kind, part in zip(kinds, made.popleft().result(), strict=True):
+            found[kind].add(part)
+
+    pool = forked_pool(min(available_cpus(), MOST_PROCESSES), work)
     try:
         pool.submit(int)  # the processes are forked now, not when images wait
         connection.send(None)
         while images := connection.recv_bytes():
             made.append(pool.submit(call_shared, ("parts", images)))
-            for part in made:
-                if part.done():
-                    part.result()  # raises what went wrong there
-        by_kind = dict(zip(kinds, zip(*(part.result() for part in made), strict=True), strict=True))
+            while made and made[0].done():
+                take_first()
+        while made:
+            take_first()
         adding = {
             kind: [
                 pool.submit(call_shared, ("add_up", kind, matches))
-                for matches in by_classes([part.matches for part in by_kind[kind]], shares)
+                for matches in found[kind].matches
             ]
             for kind in work.sums
         }
         # Files of different kinds wait for the disk at the same time.
         with ThreadPoolExecutor(len(kinds)) as threads:
-            written = threads.map(work.write, kinds, by_kind.values())
+            written = threads.map(work.write, found, found.values())
             scores = {}
             for kind, futures in adding.items():
                 for future in futures:

@@ -61,11 +61,11 @@ def hand_over(ahead: ScoringAhead, found: tuple, order: np.ndarray) -> None:
     ahead.complete()
 
 
-@pytest.mark.parametrize("processes", [1, 6])  # these share out the classes of a kind
+@pytest.mark.parametrize("processes", [1, 6])  # these share out the classes
 def test_the_scores_and_files_are_those_of_the_end(
     dataset, tmp_path, caplog, monkeypatch, processes
 ):
-    monkeypatch.setattr(scoring_process, "default_processes", lambda: processes)
+    monkeypatch.setattr(scoring_process, "available_cpus", lambda: processes)
     found = detections(dataset)
     order = np.random.default_rng(1).permutation(IMAGES)  # as batches of one size each give them
     folders = tmp_path / "end", tmp_path / "ahead"
