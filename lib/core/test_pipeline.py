@@ -38,6 +38,7 @@ from core.test_augment import Pairs
 from core.train_engine import AMP_DTYPES
 from utils.blob import Placed, pack_images
 from utils.image import read_image
+from utils.streams import next_stream_for
 from utils.threads import map_ahead
 
 T = TypeVar("T")
@@ -264,8 +265,8 @@ def finish(
     """`class_results` beside the work that has been queued since."""
     if found.ready is None:
         return class_results(found, num_classes)
-    # A stream of its own, or pasting would queue behind the next batch's forward pass.
-    with torch.cuda.stream(torch.cuda.Stream(found.boxes.device)):
+    # Another stream, or pasting would queue behind the next batch's forward pass.
+    with torch.cuda.stream(next_stream_for("finishing", found.boxes.device)):
         torch.cuda.current_stream().wait_event(found.ready)
         return class_results(found, num_classes)
 

@@ -11,6 +11,7 @@ import torch
 from core.errors import UserError
 from nn.parallel import DataParallel
 from nn.parallel.scatter import tensors_in
+from utils.streams import stream_for
 
 
 def batches_on_devices(
@@ -21,7 +22,7 @@ def batches_on_devices(
     A batch is fetched when the kernels of the step before are queued: its copy, on a stream of
     its own, runs beside them.
     """
-    streams = [torch.cuda.Stream(d) for d in model.devices if d.type == "cuda"]
+    streams = [stream_for("loading", d) for d in model.devices if d.type == "cuda"]
     for batch in _endless(loader):
         with contextlib.ExitStack() as stack:
             for stream in streams:

@@ -7,7 +7,6 @@ launch them than the GPU to run them; replaying a recorded step costs the host n
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from roi_data.minibatch import GROWING_INPUTS
+from utils.streams import stream_for
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +32,10 @@ StepValues = tuple[Names, Tensor, Tensor]
 MOST_GRAPHS = 128
 
 
-@functools.cache
 def training_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream that all work of a training on this GPU is queued on: recording does not work on
     the default one, and gradients must be accumulated on the stream they are recorded on."""
-    return torch.cuda.Stream(device)
+    return stream_for("training", device)
 
 
 @contextlib.contextmanager

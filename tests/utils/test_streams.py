@@ -1,0 +1,62 @@
+"""No stream has two purposes, however much work there is."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+import torch
+
+from utils import streams
+
+TORCH_HAS = 32
+
+
+@pytest.fixture
+def dealt(monkeypatch):
+    """Streams as torch deals them out: the same ones in turn."""
+    numbers = itertools.count()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: (device, next(numbers) % TORCH_HAS))
+    streams.stream_for.cache_clear()
+    yield
+    streams.stream_for.cache_clear()
+
+
+def test_a_purpose_keeps_its_stream_and_shares_it_with_none(dealt):
+    gpu, other = torch.device("cuda:0"), torch.device("cuda:1")
+    recording = streams.stream_for("recording", gpu)
+    finishing = {streams.next_stream_for("finishing", gpu) for _ in range(1000)}
+    assert 1 < len(finishing) < TORCH_HAS - 8
+    loading = streams.stream_for("loading", gpu)
+    assert streams.stream_for("recording", gpu) == recording != loading
+    assert not finishing & {recording, loading}
+    assert streams.stream_for("recording", other)[0] == other
+
+
+@pytest.mark.gpu
+def test_work_of_other_threads_goes_on_while_a_graph_is_recorded():
+    device = torch.device("cuda:0")
+    event = torch.cuda.Event()
+    event.record()
+    x = torch.ones(8, device=device)
+    failed = []
+
+    def finish():
+        try:
+            for _ in range(3 * TORCH_HAS):
+                with torch.cuda.stream(streams.next_stream_for("finishing", device)):
+                    torch.cuda.current_stream().wait_event(event)
+        except RuntimeError as error:
+            failed.append(error)
+
+    graph = torch.cuda.CUDAGraph()
+    stream = streams.stream_for("recording", device)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        y = x + 1
+        thread = threading.Thread(target=finish)
+        thread.start()
+        thread.join()
+        y = y + 1
+    graph.replay()
+    assert not failed and y.tolist() == [3.0] * 8
