@@ -32,8 +32,7 @@ from datasets.json_dataset_evaluator import (
 from utils.device import available_cpus
 
 MOST_PROCESSES = 12
-# They are added up one after another by whichever process is free. Few detections are of most.
-GROUPS_OF_CLASSES = 16
+GROUPS_OF_CLASSES = 6  # those of two kinds are as many as the processes that add them up
 ADVICE = "if memory ran out, score the detections file with --eval_only"
 
 
