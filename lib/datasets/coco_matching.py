@@ -1,8 +1,8 @@
 """COCO's metrics on arrays: what pycocotools' COCOeval computes, number for number.
 
 `match` compares the detections of some images with their objects, `accumulate` joins what it said
-of all images. No image depends on another until then, so that parts may be matched anywhere and in
-any order.
+of all images, for all classes or for some. No image depends on another until then, and no class on
+another at all: parts may be matched, and classes added up, anywhere and in any order.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Matches:
     score: np.ndarray  # (n,) float64
     matched: np.ndarray  # (n, ceil(A * T / 8)) uint8: bits in the order of (A, T)
     ignored: np.ndarray  # the same: counts neither as right nor as wrong
-    objects: np.ndarray  # (A, K) int64: how many of each of the K classes there are to find
+    objects: np.ndarray  # (A, K) integers: how many of each of the K classes there are to find
 
     def by_classes(self, groups: int) -> list[Matches]:
         """Those of each group of classes, of about as many classes each; to be added up apart."""
@@ -78,9 +78,10 @@ class Matches:
         for (first, end), (begin, stop) in zip(
             pairwise(borders.tolist()), pairwise(rows), strict=True
         ):
-            # Of the other classes there is nothing to find either.
+            # Of the other classes there is nothing to find either. In few bytes: many are kept.
             objects = np.zeros_like(self.objects)
             objects[:, first:end] = self.objects[:, first:end]
+            objects = _narrow(objects)
             columns = {name: getattr(self, name)[begin:stop] for name in _COLUMNS}
             found.append(Matches(**columns, objects=objects))
         return found
@@ -300,7 +301,7 @@ def accumulate(parts: Sequence[Matches], params: Params, whole: Arrays) -> None:
     rank, image, category = (_narrow(columns[name]) for name in ("rank", "image", "category"))
     order = np.lexsort((rank, image, -columns["score"], category))
     columns = {name: values[order] for name, values in columns.items()}
-    objects = sum(part.objects for part in parts)
+    objects = sum(part.objects.astype(np.int64) for part in parts)
     axes = len(params.iouThrs), len(params.catIds), len(params.areaRng), len(params.maxDets)
     borders = np.searchsorted(columns["category"], np.arange(axes[1] + 1)).tolist()
     for k in np.flatnonzero(objects.any(axis=0)).tolist():

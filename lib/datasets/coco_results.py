@@ -7,7 +7,7 @@ order, and joined at the end.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
@@ -20,6 +20,8 @@ import utils.segms as segm_utils
 from datasets import coco_scoring
 from datasets.coco_matching import Found, Matches, match
 from datasets.json_dataset import JsonDataset
+
+_GROUPS_AT_ONCE = 10_000  # of which a file's text is joined, so that it is never all there twice
 
 
 class ImageFound(NamedTuple):
@@ -202,29 +204,22 @@ class KindOfResults:
         return match(objects, found, self.kind, params)
 
 
-class ResultText:
-    """The bytes of a result file, of parts in any order: by class, then by image, as one JSON list.
-
-    What can be done as the parts come is done then.
-    """
-
-    def __init__(self, parts: Iterable[Part] = ()) -> None:
-        self._groups: list[np.ndarray] = []
-        self._pieces: list[memoryview] = []
-        for part in parts:
-            self.add(part)
-
-    def add(self, part: Part) -> None:
-        lengths, text = part.groups[:, 2], memoryview(part.text)
-        self._groups.append(part.groups)
-        self._pieces += [
-            text[end - length : end]
-            for end, length in zip(np.cumsum(lengths).tolist(), lengths.tolist(), strict=True)
-        ]
-
-    def joined(self) -> Iterator[bytes]:
-        groups = np.concatenate(self._groups)
-        order = np.lexsort((groups[:, 1], groups[:, 0])).tolist()
-        yield b"["
-        yield b", ".join([self._pieces[i] for i in order])
-        yield b"]"
+def joined_text(parts: Sequence[Part]) -> Iterator[bytes]:
+    """The bytes of the result file, in pieces: by class, then by image, as one JSON list."""
+    groups = np.concatenate([part.groups for part in parts])
+    source = np.repeat(np.arange(len(parts)), [len(part.groups) for part in parts])
+    ends = np.concatenate([np.cumsum(part.groups[:, 2]) for part in parts])
+    order = np.lexsort((groups[:, 1], groups[:, 0]))
+    texts = [memoryview(part.text) for part in parts]
+    between = b"["
+    for begin in range(0, len(order), _GROUPS_AT_ONCE):
+        rows = order[begin : begin + _GROUPS_AT_ONCE]
+        places = zip(
+            source[rows].tolist(),
+            (ends[rows] - groups[rows, 2]).tolist(),
+            ends[rows].tolist(),
+            strict=True,
+        )
+        yield between + b", ".join([texts[i][start:end] for i, start, end in places])
+        between = b", "
+    yield b"]" if len(order) else b"[]"

@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from core.config import cfg
 from datasets import coco_scoring
 from datasets.coco_matching import Arrays
-from datasets.coco_results import KindOfResults, Part, ResultText, image_found
+from datasets.coco_results import KindOfResults, Part, image_found, joined_text
 from datasets.forked_pool import in_processes
 from datasets.json_dataset import JsonDataset
 from utils.weights import atomic_write
@@ -95,11 +95,10 @@ def _evaluate(
 ) -> COCOeval | None:
     results = kind_of_results(dataset, kind)
     parts = _parts(results, all_boxes, all_segms, all_keyps)
-    text = ResultText(parts)
-    messages = write_results(results, text, output_dir)
+    messages = write_results(results, parts, output_dir)
     coco_eval = None
     if dataset.has_annotations:
-        coco_eval = _scored(results, parts, text)
+        coco_eval = _scored(results, parts)
         messages = _summary(results, coco_eval) + messages
         _pickle(coco_eval, kind, output_dir)
     _log(messages)
@@ -158,7 +157,7 @@ def _parts(
     return in_processes(part, range(0, count, step), processes)
 
 
-def write_results(results: KindOfResults, text: ResultText, output_dir: Path) -> list[str]:
+def write_results(results: KindOfResults, parts: Sequence[Part], output_dir: Path) -> list[str]:
     """Write the result file if it is to stay; what there is to say about it.
 
     Outside competition mode it would only be scratch, but for a data set without annotations.
@@ -171,19 +170,19 @@ def write_results(results: KindOfResults, text: ResultText, output_dir: Path) ->
     salt = "" if cfg.TEST.COMPETITION_MODE else f"_{uuid.uuid4()}"
     path = output_dir / f"{_FILE_NAMES[results.kind]}_{dataset.name}_results{salt}.json"
     with atomic_write(path) as file:
-        file.writelines(text.joined())
+        file.writelines(joined_text(parts))
     if not dataset.has_annotations:
         return [f"{dataset.name} has no annotations to score by; results are in {path}"]
     return [f"Wrote {path}"]
 
 
-def _scored(results: KindOfResults, parts: Sequence[Part], text: ResultText) -> COCOeval:
+def _scored(results: KindOfResults, parts: Sequence[Part]) -> COCOeval:
     dataset, kind = results.dataset, results.kind
     if results.unscored is not None:
         whole = coco_scoring.sums(results.unscored, [part.matches for part in parts])
         return coco_scoring.complete(results.unscored, whole)
     sigmas = coco_scoring.keypoint_sigmas(dataset.COCO) if kind == "keypoints" else None
-    listed = json.loads(b"".join(text.joined()))
+    listed = json.loads(b"".join(joined_text(parts)))
     return coco_scoring.evaluate(
         dataset.COCO, listed, kind, dataset.image_ids, cfg.TEST.COCO_EVALUATOR, sigmas
     )

@@ -1,8 +1,8 @@
 """The process that scores beside a test, and its pool: datasets.scoring_ahead's other end.
 
-As images come, the processes of the pool match and write down what was found, and this one sorts
-that by classes. In the end they add up some classes at a time, and make the scores of a kind, while
-this one writes the files. The test waits for what is done in the end alone: it is little.
+As images come, the processes of the pool match and write down what was found, and this one takes
+the matches apart by classes. In the end they add up some classes at a time, and make the scores of
+a kind, while this one writes the files. The test waits for what is done in the end alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from core.errors import UserError
 from datasets.coco_matching import accumulate, blank_sums
-from datasets.coco_results import Part, ResultText
+from datasets.coco_results import Part
 from datasets.forked_pool import call_shared, end_with_parent, forked_pool, shared_array
 from datasets.json_dataset import JsonDataset
 from datasets.json_dataset_evaluator import (
@@ -94,19 +94,19 @@ class _Work:
         return score_sums(self.results[kind], self.sums[kind], self.output_dir)
 
     def write(self, kind: str, found: _Found) -> list[str]:
-        return write_results(self.results[kind], found.text, self.output_dir)
+        return write_results(self.results[kind], found.parts, self.output_dir)
 
 
 class _Found:
     """What the parts of a kind say, ready for the end of the test."""
 
     def __init__(self) -> None:
-        self.text = ResultText()
+        self.parts: list[Part] = []  # without their matches
         # Of each group of classes its pickled matches in each part.
         self.matches: list[list[bytes]] = [[] for _ in range(GROUPS_OF_CLASSES)]
 
     def add(self, part: Part) -> None:
-        self.text.add(part)
+        self.parts.append(part._replace(matches=None))
         if part.matches is not None:
             groups = part.matches.by_classes(GROUPS_OF_CLASSES)
             for of_group, matches in zip(self.matches, groups, strict=True):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.streams import stream_for
+from utils.streams import next_stream_for
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class CudaGraphs:
         self._refused: set[Hashable] = set()
         self._buffers: dict[Hashable, Tensor] = {}
         self._lock = threading.Lock()
-        self._pool = self._done = None
+        self._pool = self._stream = self._done = None
 
     def __call__(self, function: Function, inputs: Sequence[Tensor], key: Hashable = ()) -> Outputs:
         """function(*inputs), a tuple of tensors (or None).
@@ -128,6 +128,8 @@ class CudaGraphs:
         with torch.cuda.device(device):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
+                # cuBLAS has its workspace by stream: graphs that run at the same time need two.
+                self._stream = next_stream_for("recording")
             static = [self._buffer(("in", i), x, device) for i, x in enumerate(inputs)]
             outputs = [
                 None if y is None else self._buffer(("out", i), y, device)
@@ -141,10 +143,7 @@ class CudaGraphs:
                 _autocast_without_cache(),
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(
-                    graph,
-                    self._pool,
-                    stream_for("recording", device),
-                    capture_error_mode="thread_local",
+                    graph, self._pool, self._stream, capture_error_mode="thread_local"
                 ),
             ):
                 for buffer, y in zip(outputs, function(*static), strict=True):

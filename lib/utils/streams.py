@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Hashable
+import threading
 
 import torch
 
-_MOST_IN_TURN = 16  # with the others fewer than torch's 32
+_MOST_IN_TURN = 8  # of a purpose: with the others fewer than torch's 32
+_lock = threading.Lock()
+_streams: dict[tuple, torch.cuda.Stream] = {}
 _turns = itertools.count()
 
 
-@functools.cache
-def stream_for(purpose: Hashable, device: torch.device) -> torch.cuda.Stream:
-    """The process's stream for a purpose on a GPU, the same at every call.
+def stream_for(
+    purpose: str | tuple[str, int], device: torch.device | None = None
+) -> torch.cuda.Stream:
+    """The process's stream for a purpose on a GPU, by default the current one; the same at every
+    call.
 
     torch has 32 streams a GPU and deals them out in turn. One made anew for every piece of work
     would now and then be that of another purpose, for example one that a graph is being recorded
     on, which fails then.
     """
-    return torch.cuda.Stream(device)
+    number = None if device is None else device.index
+    number = torch.cuda.current_device() if number is None else number
+    with _lock:
+        if (purpose, number) not in _streams:
+            _streams[purpose, number] = torch.cuda.Stream(number)
+        return _streams[purpose, number]
 
 
-def next_stream_for(purpose: Hashable, device: torch.device) -> torch.cuda.Stream:
+def next_stream_for(purpose: str, device: torch.device | None = None) -> torch.cuda.Stream:
     """One of a few streams for pieces of work that need not wait for each other, in turn."""
     return stream_for((purpose, next(_turns) % _MOST_IN_TURN), device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,20 +19,28 @@ def dealt(monkeypatch):
     """Streams as torch deals them out: the same ones in turn."""
     numbers = itertools.count()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: (device, next(numbers) % TORCH_HAS))
-    streams.stream_for.cache_clear()
-    yield
-    streams.stream_for.cache_clear()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(streams, "_streams", {})
 
 
 def test_a_purpose_keeps_its_stream_and_shares_it_with_none(dealt):
     gpu, other = torch.device("cuda:0"), torch.device("cuda:1")
-    recording = streams.stream_for("recording", gpu)
-    finishing = {streams.next_stream_for("finishing", gpu) for _ in range(1000)}
-    assert 1 < len(finishing) < TORCH_HAS - 8
-    loading = streams.stream_for("loading", gpu)
-    assert streams.stream_for("recording", gpu) == recording != loading
-    assert not finishing & {recording, loading}
-    assert streams.stream_for("recording", other)[0] == other
+    training = streams.stream_for("training", gpu)
+    found = {
+        purpose: {streams.next_stream_for(purpose, gpu) for _ in range(1000)}
+        for purpose in ("finishing", "recording")
+    }
+    assert all(1 < len(of_purpose) < TORCH_HAS / 2 for of_purpose in found.values())
+    loading = streams.stream_for("loading")
+    assert streams.stream_for("training", torch.device("cuda")) == training != loading
+    assert not found["finishing"] & (found["recording"] | {training, loading})
+    assert streams.stream_for("training", other)[0] == 1
+
+
+def test_nobody_else_makes_streams():
+    lib = Path(streams.__file__).parents[1]
+    makers = [path.name for path in lib.rglob("*.py") if "cuda.Stream(" in path.read_text()]
+    assert makers == ["streams.py"]
 
 
 @pytest.mark.gpu
@@ -51,7 +60,7 @@ def test_work_of_other_threads_goes_on_while_a_graph_is_recorded():
             failed.append(error)
 
     graph = torch.cuda.CUDAGraph()
-    stream = streams.stream_for("recording", device)
+    stream = streams.next_stream_for("recording", device)
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         y = x + 1
         thread = threading.Thread(target=finish)
