@@ -24,6 +24,9 @@ BOX_HEURISTICS = ("ID", "AVG", "UNION")
 MASK_HEURISTICS = ("SOFT_AVG", "SOFT_MAX", "LOGIT_AVG")
 PERSON_KEYPOINTS = 17
 KEYPOINT_HEURISTICS = ("HM_AVG", "HM_MAX")
+# What the operators take.
+MOST_LEVELS = 8
+MOST_DRAWN_ANCHORS = 2048
 
 
 def config_problems(cfg: AttrDict, complete: bool) -> Iterator[str]:
@@ -105,6 +108,11 @@ def _data_problems(cfg: AttrDict) -> Iterator[str]:
             f"TRAIN.RPN_NEGATIVE_OVERLAP ({train.RPN_NEGATIVE_OVERLAP}) must not exceed "
             f"TRAIN.RPN_POSITIVE_OVERLAP ({train.RPN_POSITIVE_OVERLAP})"
         )
+    if train.RPN_BATCH_SIZE_PER_IM > MOST_DRAWN_ANCHORS:
+        yield (
+            f"TRAIN.RPN_BATCH_SIZE_PER_IM is {train.RPN_BATCH_SIZE_PER_IM}, but at most "
+            f"{MOST_DRAWN_ANCHORS} anchors of an image can be drawn"
+        )
     if train.ASPECT_CROPPING and not 0 < train.ASPECT_LO <= train.ASPECT_HI:
         yield (
             f"TRAIN.ASPECT_LO ({train.ASPECT_LO}) must be positive and must not exceed "
@@ -149,6 +157,8 @@ def _pyramid_problems(cfg: AttrDict) -> Iterator[str]:
             yield f"FPN.{low} is {fpn[low]} but must be a level of the backbone, 2 to 5"
         if fpn.FPN_ON and fpn[high] > 6 and not fpn.EXTRA_CONV_LEVELS:
             yield f"FPN.{high} {fpn[high]} needs FPN.EXTRA_CONV_LEVELS True: else 6 is the highest"
+        if fpn.FPN_ON and fpn[high] - fpn[low] >= MOST_LEVELS:
+            yield f"FPN.{low} {fpn[low]} to {high} {fpn[high]} are more than {MOST_LEVELS} levels"
 
 
 def _augmentation_problems(cfg: AttrDict) -> Iterator[str]:

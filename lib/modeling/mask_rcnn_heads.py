@@ -106,7 +106,8 @@ class mask_rcnn_outputs(nn.Module):
 
 class _Rows(torch.autograd.Function):
     """rows[index] of rows (C, D), index (R,), whose gradient is a matrix product: that of indexing
-    adds the rows of one class up one after another."""
+    adds the rows of one class up one after another. It rounds what is added as products of the
+    rows' type do (TF32)."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
@@ -119,7 +120,8 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         chosen = index == torch.arange(ctx.count, device=index.device).unsqueeze(1)
-        return chosen.to(grad.dtype) @ grad, None
+        with torch.autocast(grad.device.type, enabled=False):
+            return chosen.to(grad.dtype) @ grad, None
 
 
 def mask_rcnn_loss(logits: Tensor, targets: Tensor, valid: Tensor, weight: float) -> Tensor:

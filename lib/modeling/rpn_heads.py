@@ -16,6 +16,7 @@ from core.errors import UserError
 from modeling import generate_proposals as gp
 from modeling.blobs import layer_blobs
 from modeling.generate_anchors import anchor_field, generate_anchors
+from nn.group_norm import hooked
 from roi_data.rpn import RPNTargets
 
 
@@ -103,7 +104,7 @@ class _RPN(nn.Module):
     def predict_at(self, features: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
         """What predict() gives at some anchors of each image, worked out for them alone.
 
-        Their gradient is all that the RPN learns from: over the whole maps it is zeros.
+        Only drawn anchors have a loss: the gradient of predict()'s maps is zero elsewhere.
 
         Args:
             index: (N, S) int64, anchors of all levels side by side.
@@ -111,14 +112,8 @@ class _RPN(nn.Module):
         Returns:
             Logits (N, S) and deltas (N, S, 4), float32 (float64 for float64 features).
         """
-        conv, cls_score, bbox_pred = self._layers()
         windows = ops.anchor_windows(features, index, self.num_anchors)
-        hidden = F.linear(windows.flatten(2), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
-        hidden = F.relu(hidden)
-        scores, deltas = (
-            F.linear(hidden, layer.weight.flatten(1), layer.bias)
-            for layer in (cls_score, bbox_pred)
-        )
+        scores, deltas = self._predict_windows(windows)
         of_cell = (index % self.num_anchors).unsqueeze(-1)
         score = scores[..., -self.num_anchors :].gather(2, of_cell).squeeze(-1)
         if self.softmax:
@@ -127,6 +122,20 @@ class _RPN(nn.Module):
         deltas = deltas.gather(2, of_cell.unsqueeze(-1).expand(-1, -1, -1, 4)).squeeze(2)
         wide = torch.promote_types(torch.float32, deltas.dtype)
         return score.to(wide), deltas.to(wide)
+
+    def _predict_windows(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (N, S, A or 2A) and deltas (N, S, 4A) of the cells in the middle of windows
+        (N, S, 9, C)."""
+        conv, *predictors = self._layers()
+        if hooked(conv, *predictors):  # some hooks make the weights: modules are called
+            maps = windows.flatten(0, 1).unflatten(1, (3, 3)).permute(0, 3, 1, 2)
+            hidden = F.relu(conv(maps)[:, :, 1:2, 1:2])
+            found = [layer(hidden).view(*windows.shape[:2], -1) for layer in predictors]
+        else:
+            weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+            hidden = F.relu(F.linear(windows.flatten(2), weight, conv.bias))
+            found = [F.linear(hidden, x.weight.flatten(1), x.bias) for x in predictors]
+        return found[0], found[1]
 
     def _layers(self) -> Iterator[nn.Conv2d]:
         return (
@@ -173,7 +182,7 @@ class _RPN(nn.Module):
         )
         smooth = F.smooth_l1_loss(deltas, targets.bbox_targets, beta=1.0 / 9, reduction="none")
         box = smooth.sum(dim=-1) * targets.bbox_weights
-        in_level = _in_level(index, [x[0, 0].numel() * self.num_anchors for x in features])
+        in_level = _in_level(index, [x.shape[2:].numel() * self.num_anchors for x in features])
         sums = torch.where(in_level.unsqueeze(1), torch.stack([bce, box]), 0.0).sum(dim=(2, 3))
         if self.softmax or not self.multilevel:
             cls_norm = (in_level & used).sum(dim=(1, 2)).clamp(min=1)

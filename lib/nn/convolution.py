@@ -1,8 +1,9 @@
 """Convolutions with what follows them: frozen or group normalisation, residual, ReLU.
 
-On CUDA that is one operator (`ops.conv_act`). On the CPU, where oneDNN's convolutions add the bias
-themselves, for torch.compile, which makes one kernel of what follows a convolution, and for
-torch.export it is the plain expression. Modules with hooks are called, so that the hooks are.
+With frozen or no normalisation that is one operator on CUDA (`ops.conv_act`). On the CPU, where
+oneDNN's convolutions add the bias themselves, for torch.compile, which makes one kernel of what
+follows a convolution, and for torch.export it is the plain expression. For group normalisation see
+nn.group_norm. Modules with hooks are called, so that the hooks are.
 """
 
 from __future__ import annotations

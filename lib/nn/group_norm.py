@@ -16,7 +16,8 @@ def group_norm(
 
     One operator (`ops.group_norm`), which under autocast leaves x in its half type and in its
     memory format: torch's own runs in float32 there, and on CUDA copies channels_last maps to
-    another layout and back. For torch.export, and where the norm has hooks, the plain expression.
+    another layout and back. For torch.export (strict=False), and where the norm has hooks, it is
+    the plain expression.
 
     Args:
         x: (N, C, H, W); residual: of its shape.
@@ -37,8 +38,6 @@ def exporting() -> bool:
 
 def hooked(*modules: nn.Module | None) -> bool:
     """Whether somebody looks at what goes through one of these: it must be called then."""
-    if torch.compiler.is_compiling():
-        return False
     return any(
         module is not None
         and bool(

@@ -31,7 +31,7 @@ def conv_norm_stem(conv: nn.Conv2d, norm: AffineChannel2d | nn.GroupNorm, x: Ten
         (N, C_out, ceil(H / 2), ceil(W / 2))
     """
     half = _half_type(x)
-    if half is None or hooked(conv, norm):
+    if half is None or hooked(conv, norm) or x.shape[1] != conv.in_channels:
         return conv_norm(conv, norm, x, relu=True)
     cells, weight = image_cells(x, half), cell_weight(conv.weight)
     if isinstance(norm, nn.GroupNorm):

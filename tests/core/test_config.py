@@ -299,6 +299,8 @@ class TestChecks:
             (["FPN.FPN_ON", False], "FPN.MULTILEVEL_ROIS needs a feature pyramid"),
             (["MODEL.CONV_BODY", "ResNet.ResNet50_conv4_body"], "needs a backbone with a pyramid"),
             (["FPN.RPN_MIN_LEVEL", 7], "FPN.RPN_MIN_LEVEL"),
+            (["FPN.EXTRA_CONV_LEVELS", True, "FPN.RPN_MAX_LEVEL", 10], "more than 8 levels"),
+            (["TRAIN.RPN_BATCH_SIZE_PER_IM", 4096], "TRAIN.RPN_BATCH_SIZE_PER_IM is 4096"),
             (["FPN.ROI_MIN_LEVEL", 6], "FPN.ROI_MIN_LEVEL"),
             (["TRAIN.SCALES", "()"], "TRAIN.SCALES is empty"),
             (["TEST.SCALE", 0], "TEST.SCALE must be at least 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch.nn import functional as F
 
 from roi_data.rpn import RPNTargets
@@ -123,6 +124,22 @@ def test_predictions_at_anchors_are_those_of_the_maps(rpn, activation, cfg):
     torch.testing.assert_close(score, torch.cat(scores, dim=1))
     rows = [x.permute(0, 2, 3, 1).reshape(2, -1, 4) for x in deltas]
     torch.testing.assert_close(delta, torch.cat(rows, dim=1))
+
+
+def test_weights_that_a_hook_makes_are_trained_too(rpn):
+    x = torch.randn(1, 4, 6, 8)
+    maps, index = [x, x[:, :, :3, :4]], torch.arange(20).unsqueeze(0)
+    expected = rpn.predict_at(maps, index)
+    torch.nn.utils.prune.random_unstructured(rpn.FPN_RPN_conv, "weight", amount=0.0)
+    for _ in range(2):
+        found = rpn.predict_at(maps, index)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        with torch.no_grad():
+            rpn.predict(maps)
+        rpn.zero_grad()
+        sum(values.sum() for values in found).backward()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in rpn.parameters())
 
 
 def test_proposals_score_the_foregrounds_probability(rpn):

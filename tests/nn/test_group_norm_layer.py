@@ -66,6 +66,11 @@ def test_it_is_an_operator_when_compiled_and_plain_when_exported():
     torch.testing.assert_close(compiled(x), block(x))
     operator = torch.ops.detectron.group_norm
     assert any(node.target is operator for node in graphs[0].graph.nodes)
+    seen = []
+    block.norm.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(torch.compile(block, backend="aot_eager")(x), block(x))
+    assert len(seen) == 2
+    block.norm._forward_hooks.clear()
     program = torch.export.export(block, (x,), strict=False)
     assert not any("detectron" in str(node.target) for node in program.graph.nodes)
 

@@ -21,7 +21,7 @@ struct AnchorWindows {
   static constexpr int kMaxSlots = 2048;  // their cells lie in a block's memory
   DType dtype;
   bool channels_last;
-  void* maps[kMaxLevels];  // (images, channels, height, width) in the given layout; backward adds to zeros
+  void* maps[kMaxLevels];  // (images, channels, height, width) in the given layout; backward writes into zeros
   int heights[kMaxLevels], widths[kMaxLevels];
   int levels, num_anchors;
   int64_t images, channels;

@@ -3,17 +3,17 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <limits>
 #include <vector>
 
 #include "anchor_windows.h"
+#include "anchors_checks.h"
 #include "roi_host.h"
 
 namespace detectron {
 
-constexpr int64_t kMaxImages = 65535;  // of a CUDA grid
+static_assert(kMaxDraws <= AnchorWindows::kMaxSlots, "all anchors that are drawn have windows");
 
 inline void point_to_index(
     AnchorWindows& p, const Tensor& index, int64_t num_anchors, size_t levels, const Tensor& like) {
@@ -21,9 +21,9 @@ inline void point_to_index(
       levels >= 1 && levels <= AnchorWindows::kMaxLevels, "anchor_windows: between 1 and ",
       AnchorWindows::kMaxLevels, " feature levels, not ", levels);
   TORCH_CHECK_VALUE(
-      index.dim() == 2 && index.size(0) <= kMaxImages &&
+      index.dim() == 2 && index.size(0) <= kMaxAnchorImages &&
           index.size(1) <= AnchorWindows::kMaxSlots,
-      "anchor_windows: index must be (N, S) with N <= ", kMaxImages, " and S <= ",
+      "anchor_windows: index must be (N, S) with N <= ", kMaxAnchorImages, " and S <= ",
       AnchorWindows::kMaxSlots, ", not ", index.sizes());
   TORCH_CHECK_VALUE(
       num_anchors >= 1 && num_anchors <= std::numeric_limits<int32_t>::max(),

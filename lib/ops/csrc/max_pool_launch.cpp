@@ -16,8 +16,7 @@ Tensor max_pool(const Tensor& x) {
   kernels::MaxPool p{};
   p.dtype = roi_dtype("max_pool", x.scalar_type());
   TORCH_CHECK_VALUE(
-      x.size(2) <= kMaxExtent && x.size(3) <= kMaxExtent &&
-          x.size(2) * x.size(3) <= std::numeric_limits<int32_t>::max(),
+      x.size(2) * x.size(3) <= std::numeric_limits<int32_t>::max(),
       "max_pool: maps of at most 2147483647 pixels, not ", x.sizes());
   const c10::cuda::CUDAGuard guard(x.device());
   p.channels_last = features_are_channels_last({x});
