@@ -91,7 +91,7 @@ def test_classes_are_added_up_apart_as_together(groups):
         category = np.sort(rng.choice(7, n, p=(0, 0.05, 0.05, 0.7, 0.1, 0.05, 0.05)))
         bits = rng.integers(0, 256, (2, n, 5), dtype=np.uint8)
         rank = np.arange(n) - np.searchsorted(category, category)
-        objects = rng.integers(0, 3, (4, 7))
+        objects = rng.integers(0, 200, (4, 7))  # more in all than a byte holds
         parts.append(
             Matches(np.full(n, image), category, rank, rng.random(n), bits[0], bits[1], objects)
         )
