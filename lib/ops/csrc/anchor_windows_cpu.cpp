@@ -2,24 +2,14 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "anchor_windows_host.h"
 #include "anchor_windows_ops.h"
+#include "roi_cpu.h"
 
 namespace detectron::cpu {
 namespace {
-
-template <typename F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32: return f(float());
-    case DType::f64: return f(double());
-    case DType::f16: return f(at::Half());
-    case DType::bf16: return f(at::BFloat16());
-  }
-}
 
 template <typename T>
 void forward(const AnchorWindows& p) {
@@ -44,7 +34,7 @@ void forward(const AnchorWindows& p) {
 // A pixel belongs to the first of the slots whose windows hold it, which sums over all of them.
 template <typename T>
 void backward(const AnchorWindows& p) {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using A = Acc<T>;
   const T* const grad = static_cast<const T*>(p.windows);
   std::vector<AnchorCell> cells(p.images * p.slots);
   for (size_t i = 0; i < cells.size(); ++i) cells[i] = cell_of(p, p.index[i]);

@@ -8,16 +8,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr unsigned kAll = 0xffffffffu;
 
-template <typename F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32: return f(float());
-    case DType::f64: return f(double());
-    case DType::f16: return f(__half());
-    case DType::bf16: return f(__nv_bfloat16());
-  }
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads) forward(AnchorWindows p) {
   const int64_t slot = blockIdx.x;

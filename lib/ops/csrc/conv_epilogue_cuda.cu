@@ -14,16 +14,6 @@ constexpr int kThreads = 256;
 constexpr int kInFlight = 4, kInFlightBackward = 2;
 constexpr int kResident = 4;
 
-template <typename F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32: return f(float());
-    case DType::f64: return f(double());
-    case DType::f16: return f(__half());
-    case DType::bf16: return f(__nv_bfloat16());
-  }
-}
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t elements(const EpilogueMaps& p) {

@@ -117,12 +117,7 @@ void launch(const FocalLoss& p, cudaStream_t stream) {
 }  // namespace
 
 void sigmoid_focal_loss(const FocalLoss& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case DType::f32: return launch<float>(p, stream);
-    case DType::f64: return launch<double>(p, stream);
-    case DType::f16: return launch<__half>(p, stream);
-    case DType::bf16: return launch<__nv_bfloat16>(p, stream);
-  }
+  with_type(p.dtype, [&](auto zero) { launch<decltype(zero)>(p, stream); });
 }
 
 }  // namespace detectron::kernels

@@ -68,12 +68,7 @@ void launch(const MaxPool& p, cudaStream_t stream) {
 }  // namespace
 
 void max_pool(const MaxPool& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case DType::f32: return launch<float>(p, stream);
-    case DType::f64: return launch<double>(p, stream);
-    case DType::f16: return launch<__half>(p, stream);
-    case DType::bf16: return launch<__nv_bfloat16>(p, stream);
-  }
+  with_type(p.dtype, [&](auto zero) { launch<decltype(zero)>(p, stream); });
 }
 
 }  // namespace detectron::kernels

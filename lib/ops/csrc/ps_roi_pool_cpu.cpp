@@ -64,7 +64,7 @@ Tensor ps_roi_pool(
     at::TensorList features, const Tensor& rois, const std::optional<Tensor>& levels, Scales scales,
     int64_t grid_size) {
   const auto run = [](const PsRoiPool& p) {
-    with_type(p, [&](auto zero) { forward<decltype(zero)>(p); });
+    with_type(p.dtype, [&](auto zero) { forward<decltype(zero)>(p); });
   };
   return ps_roi_pool_with(run, features, rois, levels, scales, grid_size);
 }
@@ -73,7 +73,7 @@ std::vector<Tensor> ps_roi_pool_backward(
     const Tensor& grad, const Tensor& rois, const std::optional<Tensor>& levels, Scales scales,
     Sizes sizes, bool channels_last) {
   const auto run = [](const PsRoiPool& p) {
-    with_type(p, [&](auto zero) { backward<decltype(zero)>(p); });
+    with_type(p.dtype, [&](auto zero) { backward<decltype(zero)>(p); });
   };
   return ps_roi_pool_backward_with(run, grad, rois, levels, scales, sizes, channels_last);
 }

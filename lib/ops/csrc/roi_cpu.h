@@ -16,8 +16,8 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Calls f(T()) with the C++ type of the features.
 template <typename F>
-void with_type(const RoiMaps& p, F f) {
-  switch (p.dtype) {
+void with_type(DType dtype, F f) {
+  switch (dtype) {
     case DType::f32: return f(float());
     case DType::f64: return f(double());
     case DType::f16: return f(at::Half());

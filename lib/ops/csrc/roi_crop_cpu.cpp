@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> roi_crop(
     at::TensorList features, const Tensor& rois, const std::optional<Tensor>& levels, Scales scales,
     int64_t pooled_h, int64_t pooled_w, bool max_pool) {
   const auto run = [](const RoiCrop& p) {
-    with_type(p, [&](auto zero) { forward<decltype(zero)>(p); });
+    with_type(p.dtype, [&](auto zero) { forward<decltype(zero)>(p); });
   };
   return roi_crop_with(run, features, rois, levels, scales, pooled_h, pooled_w, max_pool);
 }
@@ -99,7 +99,7 @@ std::vector<Tensor> roi_crop_backward(
     const std::optional<Tensor>& levels, Scales scales, Sizes sizes, bool max_pool,
     bool channels_last) {
   const auto run = [](const RoiCrop& p) {
-    with_type(p, [&](auto zero) { backward<decltype(zero)>(p); });
+    with_type(p.dtype, [&](auto zero) { backward<decltype(zero)>(p); });
   };
   return roi_crop_backward_with(
       run, grad, choice, rois, levels, scales, sizes, max_pool, channels_last);

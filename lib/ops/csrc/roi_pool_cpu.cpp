@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor> roi_pool(
     at::TensorList features, const Tensor& rois, const std::optional<Tensor>& levels, Scales scales,
     int64_t pooled_h, int64_t pooled_w) {
   const auto run = [](const RoiPool& p) {
-    with_type(p, [&](auto zero) { forward<decltype(zero)>(p); });
+    with_type(p.dtype, [&](auto zero) { forward<decltype(zero)>(p); });
   };
   return roi_pool_with(run, features, rois, levels, scales, pooled_h, pooled_w);
 }
@@ -224,7 +224,7 @@ std::vector<Tensor> roi_pool_backward(
     const Tensor& grad, const Tensor& argmax, const Tensor& rois,
     const std::optional<Tensor>& levels, Scales scales, Sizes sizes, bool channels_last) {
   const auto run = [](const RoiPool& p) {
-    with_type(p, [&](auto zero) { backward<decltype(zero)>(p); });
+    with_type(p.dtype, [&](auto zero) { backward<decltype(zero)>(p); });
   };
   return roi_pool_backward_with(run, grad, argmax, rois, levels, scales, sizes, channels_last);
 }

@@ -29,17 +29,6 @@ namespace detectron::kernels {
 constexpr int kOwners = 64;
 constexpr int kSpread = 4;  // rows that a thread of backward works on at once
 
-// Calls f(T()) with the type of the features.
-template <typename F>
-void with_type(const RoiMaps& p, F f) {
-  switch (p.dtype) {
-    case DType::f32: return f(float());
-    case DType::f64: return f(double());
-    case DType::f16: return f(__half());
-    case DType::bf16: return f(__nv_bfloat16());
-  }
-}
-
 // Where a thread stands among the rows of an RoI.
 template <bool kChannelsLast>
 struct Rows {
@@ -118,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) pool_rois(P p) {
 
 template <template <typename> class Pool, typename P>
 void launch_pool(const P& p, cudaStream_t stream) {
-  with_type(p, [&](auto zero) {
+  with_type(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
     using Index = typename Pool<A>::Index;
@@ -244,7 +233,7 @@ __global__ void __launch_bounds__(kOwners) scatter_in_order(P p) {
 
 template <template <typename> class Pool, typename P>
 void launch_scatter(const P& p, bool deterministic, cudaStream_t stream) {
-  with_type(p, [&](auto zero) {
+  with_type(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t channels = Pool<Acc<T>>::channels(p);
     if (p.rois == 0 || channels == 0 || p.images == 0) return;

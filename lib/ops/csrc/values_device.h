@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <type_traits>
 
+#include "dtype.h"
+
 namespace detectron::kernels {
 
 template <typename T>
@@ -108,6 +110,17 @@ struct Packed<T, 1> {
   __device__ __forceinline__ void pack(const Acc<T> (&from)[1]) { value = from_acc<T>(from[0]); }
   __device__ __forceinline__ void store(T* to) const { *to = value; }
 };
+
+// Calls f(T()) with the type's name in device code.
+template <typename F>
+void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32: return f(float());
+    case DType::f64: return f(double());
+    case DType::f16: return f(__half());
+    case DType::bf16: return f(__nv_bfloat16());
+  }
+}
 
 inline bool aligned_to(const void* pointer, size_t bytes) {
   return reinterpret_cast<size_t>(pointer) % bytes == 0;
