@@ -93,9 +93,6 @@ class _Work:
         """Of all classes, once they have been added up."""
         return score_sums(self.results[kind], self.sums[kind], self.output_dir)
 
-    def write(self, kind: str, found: _Found) -> list[str]:
-        return write_results(self.results[kind], found.parts, self.output_dir)
-
 
 class _Found:
     """What the parts of a kind say, ready for the end of the test."""
@@ -143,7 +140,9 @@ def _score(
         }
         # Files of different kinds wait for the disk at the same time.
         with ThreadPoolExecutor(len(kinds)) as threads:
-            written = threads.map(work.write, found, found.values())
+            written = threads.map(
+                lambda kind: write_results(work.results[kind], found[kind].parts, output_dir), kinds
+            )
             scores = {}
             for kind, futures in adding.items():
                 for future in futures:

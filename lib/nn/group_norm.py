@@ -22,7 +22,7 @@ def group_norm(
     Args:
         x: (N, C, H, W); residual: of its shape.
     """
-    if not (exporting() or hooked(norm)):
+    if not (_exporting() or hooked(norm)):
         residual = None if residual is None else residual.to(x.dtype)
         return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, relu, residual)
     out = norm(x)
@@ -30,7 +30,7 @@ def group_norm(
     return F.relu(out) if relu else out
 
 
-def exporting() -> bool:
+def _exporting() -> bool:
     """Whether torch.export (strict=False) looks on, whose programs get plain expressions."""
     # Under torch.compile torch.compiler.is_exporting() is true as well (torch 2.11).
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 
 _MOST_IN_TURN = 8  # of a purpose: with the others fewer than torch's 32
 _lock = threading.Lock()
 _streams: dict[tuple, torch.cuda.Stream] = {}
-_turns = itertools.count()
+_turns: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 def stream_for(
@@ -33,4 +35,6 @@ def stream_for(
 
 def next_stream_for(purpose: str, device: torch.device | None = None) -> torch.cuda.Stream:
     """One of a few streams for pieces of work that need not wait for each other, in turn."""
-    return stream_for((purpose, next(_turns) % _MOST_IN_TURN), device)
+    with _lock:
+        turn = next(_turns[purpose]) % _MOST_IN_TURN
+    return stream_for((purpose, turn), device)

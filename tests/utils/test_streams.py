@@ -23,6 +23,16 @@ def dealt(monkeypatch):
     monkeypatch.setattr(streams, "_streams", {})
 
 
+def test_one_purpose_takes_no_turns_of_another(dealt):
+    gpu = torch.device("cuda:0")
+    recording = []
+    for _ in range(4):  # models that are recorded while images are finished
+        recording.append(streams.next_stream_for("recording", gpu))
+        for _ in range(7):
+            streams.next_stream_for("finishing", gpu)
+    assert len(set(recording)) == 4
+
+
 def test_a_purpose_keeps_its_stream_and_shares_it_with_none(dealt):
     gpu, other = torch.device("cuda:0"), torch.device("cuda:1")
     training = streams.stream_for("training", gpu)
