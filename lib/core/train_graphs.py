@@ -56,9 +56,14 @@ def on_training_stream(*devices: torch.device) -> Iterator[None]:
 class RecordedCalls:
     """Calls a function as it is the first time that inputs of a shape come, and replays it later.
 
+    All calls work in one pool of memory, which is as large as one of them needs: they follow each
+    other on one stream, whether they are replayed or not.
+
     Args:
         function: keyword inputs -> (names, tensors...), on the device. Nothing in it waits for the
-            device, and nothing that it leaves behind is new, apart from what it returns.
+            device, and nothing that it leaves behind is new, apart from what it returns. What it
+            leaves behind when it is called as it is (a cache for a new shape) costs the recordings
+            made before, in whose memory it may lie.
         device: a GPU.
         abandon: called when the memory was full in the middle of a call, before it is done again.
         warm_up: calls before the first recording.
@@ -74,9 +79,10 @@ class RecordedCalls:
         self._function, self._device, self._abandon = function, device, abandon
         self._calls_to_warm_up = warm_up
         self._inputs = StaticInputs(device)
-        self._pool = torch.cuda.graph_pool_handle()
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, _Recorded] = {}
+        with torch.cuda.device(device):
+            self._pool: torch.cuda.MemPool | None = torch.cuda.MemPool()
         self._recording, self._under_way = True, False
         self._replays, self._seconds = 0, 0.0
 
@@ -98,13 +104,35 @@ class RecordedCalls:
         recorded = self._graphs.get(key)
         self._calls_to_warm_up -= 1
         if recorded is None and not self._may_record(key):
-            return self._function(**inputs)
+            return self._as_it_is(inputs)
         static = self._inputs.fill(inputs)
         if recorded is None:
             recorded = self._record(key, static)
         recorded.graph.replay()
         self._replays += 1
         return recorded.outputs
+
+    def _as_it_is(self, inputs: Mapping[str, Any]) -> tuple:
+        if self._pool is None:
+            return self._function(**inputs)
+        before = self._bytes_in_use()
+        # The pool is this thread's: another one's backward pass would have memory of its own.
+        with (
+            torch.cuda.use_mem_pool(self._pool, self._device),
+            torch.autograd.set_multithreading_enabled(False),
+        ):
+            outputs = self._function(**inputs)
+        outputs = tuple(x.clone() if torch.is_tensor(x) else x for x in outputs)
+        if self._bytes_in_use() > before:
+            self._graphs.clear()
+        return outputs
+
+    def _bytes_in_use(self) -> int:
+        """Of live tensors in the pool; 0 if there is no recording that could overwrite them."""
+        if not self._graphs:
+            return 0
+        blocks = [block for segment in self._pool.snapshot() for block in segment["blocks"]]
+        return sum(block["size"] for block in blocks if block["state"] == "active_allocated")
 
     def _may_record(self, key: Hashable) -> bool:
         known = key in self._seen
@@ -113,8 +141,6 @@ class RecordedCalls:
             return False
         if len(self._graphs) >= MOST_GRAPHS:
             self._graphs = {k: g for k, g in self._graphs.items() if not self._inputs.outdated(k)}
-            if not self._graphs:  # the pool of memory ended with the last of them
-                self._pool = torch.cuda.graph_pool_handle()
         return len(self._graphs) < MOST_GRAPHS
 
     def _record(self, key: Hashable, inputs: dict[str, Any]) -> _Recorded:
@@ -122,7 +148,7 @@ class RecordedCalls:
         graph, stream = torch.cuda.CUDAGraph(), training_stream(self._device)
         try:
             # Threads that pin batches or write checkpoints may go on as they like.
-            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool.id, stream, capture_error_mode="thread_local"):
                 recorded = _Recorded(graph, self._function(**inputs))
         except torch.cuda.OutOfMemoryError:
             raise
@@ -147,7 +173,7 @@ class RecordedCalls:
         with contextlib.suppress(RuntimeError):  # of a GPU that failed, as has been said already
             torch.cuda.synchronize(self._device)
         self._graphs.clear()
-        self._recording = False
+        self._recording, self._pool = False, None
 
     def __str__(self) -> str:
         return (
@@ -158,12 +184,12 @@ class RecordedCalls:
     def _give_up(self) -> None:
         """Leave the memory of the recordings to the calls themselves from here on."""
         logger.warning(
-            "the memory of %s is full: going on without CUDA graphs (MODEL.CUDA_GRAPHS), which "
-            "take as much again as a step does",
+            "the memory of %s is full: going on without CUDA graphs (MODEL.CUDA_GRAPHS)",
             self._device,
         )
         self._recording = self._under_way = False
         self._graphs.clear()
+        self._pool = None  # what is free of it can be used again; after the recordings
         self._abandon()
         torch.cuda.empty_cache()
 

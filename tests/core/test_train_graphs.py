@@ -210,6 +210,54 @@ def test_a_full_gpu_goes_on_without_graphs(monkeypatch, caplog, number):
     torch.testing.assert_close(rows, plain_rows, rtol=1e-5, atol=1e-6)
 
 
+class Keeping(Drawing):
+    """Keeps something of every shape, as large as what its steps work with."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+
+    def forward(self, images, **inputs):
+        if images.shape not in self.kept:
+            self.kept[images.shape] = torch.full_like(self.conv(images), 0.5).detach()
+        output = super().forward(images, **inputs)
+        output["metrics"]["kept"] = self.kept[images.shape].mean()
+        return output
+
+
+@pytest.mark.gpu
+def test_what_a_step_keeps_is_not_overwritten_by_replays():
+    rows, _ = run(True, module=Keeping())
+    assert rows[:, 3].tolist() == [0.5] * 24
+    plain_rows, _ = run(False, module=Keeping())
+    torch.testing.assert_close(rows, plain_rows, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_recordings_work_in_the_memory_that_calls_have_worked_in():
+    device = torch.device("cuda", 0)
+    weight = torch.ones((), device=device, requires_grad=True)
+
+    def step(images):
+        weight.grad = None
+        loss = (images * weight).repeat(8, 1).pow(2).mean()
+        loss.backward()
+        weight.grad = None
+        return (), loss.detach()
+
+    batches = [{"images": torch.ones(n, 2**20, device=device)} for n in (12, 8)]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_reserved(device)
+    calls = graphs.RecordedCalls(step, device, lambda: None)
+    with graphs.on_training_stream(device):
+        for batch in [*batches, *batches, *batches]:
+            assert calls(batch)[1].item() == 1
+    assert "4 of the steps" in str(calls) and "2 recorded" in str(calls)
+    worked_in = torch.cuda.max_memory_allocated(device) - sum(b["images"].nbytes for b in batches)
+    assert torch.cuda.memory_reserved(device) - held < 1.25 * worked_in
+
+
 class Waiting(Drawing):
     def forward(self, **inputs):
         output = super().forward(**inputs)
