@@ -40,7 +40,7 @@ SECONDS_BETWEEN_PARTS = 60.0
 # What a detection does not depend on.
 _NEUTRAL_KEYS = ("OUTPUT_DIR", "DATA_DIR", "DATA_LOADER", "NUM_GPUS")
 _FOLDER_KEYS = ("ROOT_DIR", "DATA_DIR", "OUTPUT_DIR")
-_NO_BOXES = np.zeros((0, 5), dtype=np.float32)
+_NO_BOXES, _NOTHING = np.zeros((0, 5), dtype=np.float32), []
 _KINDS = ("all_boxes", "all_segms", "all_keyps")
 
 
@@ -56,10 +56,8 @@ class DatasetResults:
 
     @classmethod
     def empty(cls, num_classes: int, num_images: int) -> DatasetResults:
-        """Nothing detected yet: every entry is []."""
-        return cls(
-            *([[[] for _ in range(num_images)] for _ in range(num_classes)] for _ in range(3))
-        )
+        """Nothing detected yet: every entry is [], one for all; it is replaced, never filled."""
+        return cls(*([[_NOTHING] * num_images for _ in range(num_classes)] for _ in range(3)))
 
     @classmethod
     def blank(cls, num_images: int) -> DatasetResults:
@@ -84,12 +82,13 @@ class DatasetResults:
     ) -> None:
         """Put in what was detected in one image; class 0, the background, stays []."""
         for j in range(1, len(cls_boxes)):
-            # Most classes are in few images: one empty array for all keeps the file small.
+            # Most classes are in few images: what is empty is one for all, so that the file is
+            # small and soon written.
             self.all_boxes[j][image] = cls_boxes[j] if len(cls_boxes[j]) else _NO_BOXES
             if cls_segms is not None:
-                self.all_segms[j][image] = cls_segms[j]
+                self.all_segms[j][image] = cls_segms[j] or _NOTHING
             if cls_keyps is not None:
-                self.all_keyps[j][image] = cls_keyps[j]
+                self.all_keyps[j][image] = cls_keyps[j] or _NOTHING
 
     def of_image(self, image: int) -> tuple[ClassBoxes, ClassSegms, ClassKeyps]:
         """What was detected in one image, by class."""

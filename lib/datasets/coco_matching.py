@@ -359,8 +359,12 @@ def _curves(
     lane, row = np.nonzero(np.ascontiguousarray(right.T))
     place = busy[row]
     number = np.arange(len(lane)) - (np.cumsum(hits) - hits)[lane]
-    unseen = np.cumsum(np.unpackbits(ignored, axis=1, count=lanes), axis=0, dtype=np.int32)
-    seen = place + 1 - unseen[place, lane]
+    # Bits of eight detections a byte: the bytes up to the one of a place, without what is behind it.
+    of_eight = np.packbits(np.unpackbits(ignored, axis=1, count=lanes), axis=0)
+    through = np.cumsum(np.bitwise_count(of_eight), axis=0, dtype=np.int32)
+    behind = of_eight[place // 8, lane] & (0x7F >> place % 8).astype(np.uint8)
+    unseen = through[place // 8, lane] - np.bitwise_count(behind)
+    seen = place + 1 - unseen
     # Between two hits precision only falls: what it is at the hits is enough.
     precision = np.zeros((lanes, hits.max(initial=0) + 1))
     precision[lane, number] = (number + 1) / (seen + np.spacing(1))

@@ -25,6 +25,8 @@ from datasets.scoring_process import ADVICE, serve
 logger = logging.getLogger(__name__)
 
 IMAGES_AT_ONCE = 16
+# Of the last images fewer, which all processes are free for: the test's end waits for them.
+LAST_IMAGES, LAST_AT_ONCE = 96, 4
 LEAST_IMAGES = 100  # of fewer the scores take less time than the processes
 
 
@@ -39,6 +41,7 @@ class ScoringAhead:
     def __init__(self, dataset: JsonDataset, kinds: Sequence[str], output_dir: Path) -> None:
         self._kinds = list(kinds)
         self._waiting: list[ImageFound] = []
+        self._left = len(dataset.image_ids)
         self._failure: RuntimeError | None = None
         self._ready = False  # whether images are being waited for
         context = multiprocessing.get_context("fork")
@@ -90,12 +93,14 @@ class ScoringAhead:
                 cls_keyps if "keypoints" in self._kinds else None,
             )
         )
-        if len(self._waiting) >= IMAGES_AT_ONCE and self._is_ready():
-            self._send_waiting(IMAGES_AT_ONCE)
+        self._left -= 1
+        at_once = IMAGES_AT_ONCE if self._left > LAST_IMAGES else LAST_AT_ONCE
+        if len(self._waiting) >= at_once and self._is_ready():
+            self._send_waiting(at_once)
 
     def complete(self) -> None:
         """Say that all images have been handed over: the sums begin."""
-        self._send_waiting(4)  # in small pieces: all processes are free for them
+        self._send_waiting(LAST_AT_ONCE)
         self._send([])
 
     def result(self) -> Mapping[str, Evaluation]:

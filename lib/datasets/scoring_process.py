@@ -51,8 +51,9 @@ def serve(
     end_with_parent()
     sys.setswitchinterval(5e-4)  # the pool's threads hand out work while this one writes
     others.close()
+    found = {kind: _Found() for kind in kinds}  # freed after the answer: that takes a moment
     try:
-        answer = _score(connection, dataset, kinds, output_dir)
+        answer = _score(connection, dataset, found, output_dir)
     except UserError as error:
         answer = error
     except BrokenProcessPool:
@@ -111,10 +112,10 @@ class _Found:
 
 
 def _score(
-    connection: Connection, dataset: JsonDataset, kinds: Sequence[str], output_dir: Path
+    connection: Connection, dataset: JsonDataset, found: dict[str, _Found], output_dir: Path
 ) -> dict[str, Evaluation]:
+    kinds = list(found)
     work = _Work(dataset, kinds, output_dir)
-    found = {kind: _Found() for kind in kinds}
     made: deque[Future] = deque()
 
     def take_first() -> None:
@@ -138,16 +139,17 @@ def _score(
             ]
             for kind in work.sums
         }
-        # Files of different kinds wait for the disk at the same time.
+        scores = {}
+        for kind, futures in adding.items():
+            for future in futures:
+                future.result()
+            scores[kind] = pool.submit(call_shared, ("scores", kind))
+        # Not sooner, or this process would hand out the sums late. Files of different kinds wait for
+        # the disk at the same time.
         with ThreadPoolExecutor(len(kinds)) as threads:
             written = threads.map(
                 lambda kind: write_results(work.results[kind], found[kind].parts, output_dir), kinds
             )
-            scores = {}
-            for kind, futures in adding.items():
-                for future in futures:
-                    future.result()
-                scores[kind] = pool.submit(call_shared, ("scores", kind))
             messages = dict(zip(kinds, written, strict=True))
         done = {kind: score.result() for kind, score in scores.items()}
     finally:

@@ -36,6 +36,15 @@ kernels::PasteMasks paste_problem(
   return p;
 }
 
+// A copy on the host, once the current stream has made it. In pinned memory: a copy to other memory keeps
+// the driver, which other threads launch through, until what it copies has been worked out.
+Tensor on_host(const Tensor& t) {
+  Tensor copy = at::empty(t.sizes(), t.options().device(at::kCPU).pinned_memory(true));
+  copy.copy_(t, /*non_blocking=*/true);
+  c10::cuda::getCurrentCUDAStream().synchronize();
+  return copy;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> batched_soft_nms(
@@ -124,7 +133,8 @@ std::tuple<Tensor, Tensor> encode_masks(
   kernels::count_runs(p, counts.mutable_data_ptr<int>(), current_stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   const Tensor run_ends = at::cumsum(counts.view({-1}), 0, at::kLong);
-  const Tensor ends = run_ends.view({count, im_w}).select(1, im_w - 1).cpu().contiguous();
+  const Tensor ends_there = run_ends.view({count, im_w}).select(1, im_w - 1).contiguous();
+  const Tensor ends = on_host(ends_there);
   const int64_t* end = ends.const_data_ptr<int64_t>();
   const Tensor runs = at::empty({end[count - 1], 2}, counts.options());
   if (runs.numel() > 0) {
@@ -133,10 +143,10 @@ std::tuple<Tensor, Tensor> encode_masks(
         current_stream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  const Tensor on_host = runs.cpu();
+  const Tensor copied = on_host(runs);
   static_assert(sizeof(Run) == 2 * sizeof(int));
   return encode_runs(
-      reinterpret_cast<const Run*>(on_host.const_data_ptr<int>()), end, count, area);
+      reinterpret_cast<const Run*>(copied.const_data_ptr<int>()), end, count, area);
 }
 
 }  // namespace detectron::cuda
