@@ -39,6 +39,7 @@ from core.train_engine import place_model, prepare_device
 from datasets.dataset_catalog import register, resolve_dataset
 from datasets.json_dataset import JsonDataset
 from utils.blob import Placed, pack_images
+from utils.garbage import only_young_garbage
 from utils.image import read_image
 
 CALIBRATION_IMAGES = 16  # that the score threshold is tried on
@@ -148,7 +149,7 @@ def benchmark_test(
         images = _Decoded([entry["image"] for entry in roidb], device)
         tried = batches[:: max(1, len(batches) * batch_size // CALIBRATION_IMAGES)]
         calibrate(model, [images.batch(batch) for batch in tried], device, amp)
-        with precision(device, amp):
+        with precision(device, amp), only_young_garbage():
             _one_batch_of_each_size(model, images, batches)
             pure = _pure_rate(model, images, batches)
             pasted = _pasted_rate(model, images, batches)

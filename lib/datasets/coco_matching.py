@@ -359,7 +359,7 @@ def _curves(
     lane, row = np.nonzero(np.ascontiguousarray(right.T))
     place = busy[row]
     number = np.arange(len(lane)) - (np.cumsum(hits) - hits)[lane]
-    # Bits of eight detections a byte: the bytes up to the one of a place, without what is behind it.
+    # Bits of eight detections a byte: the bytes up to that of a place, without what is behind it.
     of_eight = np.packbits(np.unpackbits(ignored, axis=1, count=lanes), axis=0)
     through = np.cumsum(np.bitwise_count(of_eight), axis=0, dtype=np.int32)
     behind = of_eight[place // 8, lane] & (0x7F >> place % 8).astype(np.uint8)

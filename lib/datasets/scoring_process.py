@@ -51,9 +51,9 @@ def serve(
     end_with_parent()
     sys.setswitchinterval(5e-4)  # the pool's threads hand out work while this one writes
     others.close()
-    found = {kind: _Found() for kind in kinds}  # freed after the answer: that takes a moment
     try:
-        answer = _score(connection, dataset, found, output_dir)
+        _score(connection, dataset, kinds, output_dir)
+        return
     except UserError as error:
         answer = error
     except BrokenProcessPool:
@@ -112,10 +112,10 @@ class _Found:
 
 
 def _score(
-    connection: Connection, dataset: JsonDataset, found: dict[str, _Found], output_dir: Path
-) -> dict[str, Evaluation]:
-    kinds = list(found)
+    connection: Connection, dataset: JsonDataset, kinds: Sequence[str], output_dir: Path
+) -> None:
     work = _Work(dataset, kinds, output_dir)
+    found = {kind: _Found() for kind in kinds}
     made: deque[Future] = deque()
 
     def take_first() -> None:
@@ -132,30 +132,28 @@ def _score(
                 take_first()
         while made:
             take_first()
-        adding = {
-            kind: [
-                pool.submit(call_shared, ("add_up", kind, matches))
-                for matches in found[kind].matches
-            ]
-            for kind in work.sums
-        }
+        groups = [(kind, matches) for kind in work.sums for matches in found[kind].matches]
+        groups.sort(key=lambda group: -sum(map(len, group[1])))  # the longest work begins first
+        adding: dict[str, list[Future]] = {kind: [] for kind in work.sums}
+        for kind, matches in groups:
+            adding[kind].append(pool.submit(call_shared, ("add_up", kind, matches)))
         scores = {}
         for kind, futures in adding.items():
             for future in futures:
                 future.result()
             scores[kind] = pool.submit(call_shared, ("scores", kind))
-        # Not sooner, or this process would hand out the sums late. Files of different kinds wait for
-        # the disk at the same time.
+        # Not sooner, or this process would hand out the sums late. Files of different kinds wait
+        # for the disk at the same time.
         with ThreadPoolExecutor(len(kinds)) as threads:
             written = threads.map(
                 lambda kind: write_results(work.results[kind], found[kind].parts, output_dir), kinds
             )
             messages = dict(zip(kinds, written, strict=True))
         done = {kind: score.result() for kind, score in scores.items()}
+        evaluations = {}
+        for kind in kinds:
+            of_kind = done.get(kind, Evaluation(None, []))
+            evaluations[kind] = Evaluation(of_kind.stats, of_kind.messages + messages[kind])
+        connection.send(evaluations)  # here: freeing what there is takes a moment
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    evaluations = {}
-    for kind in kinds:
-        of_kind = done.get(kind, Evaluation(None, []))
-        evaluations[kind] = Evaluation(of_kind.stats, of_kind.messages + messages[kind])
-    return evaluations
