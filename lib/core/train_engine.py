@@ -323,6 +323,8 @@ class _Loop:
             self._optimizer.found_inf = 1.0 - finite.float()
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        if not self._scaler.is_enabled():
+            del self._optimizer.found_inf  # a step leaves nothing new on the device
         self._optimizer.zero_grad(set_to_none=True)
         return values
 

@@ -115,7 +115,7 @@ class RecordedCalls:
     def _as_it_is(self, inputs: Mapping[str, Any]) -> tuple:
         if self._pool is None:
             return self._function(**inputs)
-        before = self._bytes_in_use()
+        before = self._blocks_in_use()
         # The pool is this thread's: another one's backward pass would have memory of its own.
         with (
             torch.cuda.use_mem_pool(self._pool, self._device),
@@ -123,16 +123,16 @@ class RecordedCalls:
         ):
             outputs = self._function(**inputs)
         outputs = tuple(x.clone() if torch.is_tensor(x) else x for x in outputs)
-        if self._bytes_in_use() > before:
+        if self._blocks_in_use() - before:
             self._graphs.clear()
         return outputs
 
-    def _bytes_in_use(self) -> int:
-        """Of live tensors in the pool; 0 if there is no recording that could overwrite them."""
+    def _blocks_in_use(self) -> set[int]:
+        """Addresses in the pool where tensors live; none without a recording to overwrite them."""
         if not self._graphs:
-            return 0
+            return set()
         blocks = [block for segment in self._pool.snapshot() for block in segment["blocks"]]
-        return sum(block["size"] for block in blocks if block["state"] == "active_allocated")
+        return {block["address"] for block in blocks if block["state"] == "active_allocated"}
 
     def _may_record(self, key: Hashable) -> bool:
         known = key in self._seen
