@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,22 +68,29 @@ class Matches:
     ignored: np.ndarray  # the same: counts neither as right nor as wrong
     objects: np.ndarray  # (A, K) integers: how many of each of the K classes there are to find
 
-    def by_classes(self, groups: int) -> list[Matches]:
-        """Those of each group of classes, of about as many classes each; to be added up apart."""
-        classes = self.objects.shape[1]
-        borders = np.linspace(0, classes, groups + 1).round().astype(np.int64)
-        rows = np.searchsorted(self.category, borders).tolist()
-        found = []
-        for (first, end), (begin, stop) in zip(
-            pairwise(borders.tolist()), pairwise(rows), strict=True
-        ):
-            # Of the other classes there is nothing to find either. In few bytes: many are kept.
-            objects = np.zeros_like(self.objects)
-            objects[:, first:end] = self.objects[:, first:end]
-            objects = _narrow(objects)
-            columns = {name: getattr(self, name)[begin:stop] for name in _COLUMNS}
-            found.append(Matches(**columns, objects=objects))
-        return found
+    def rows(self) -> np.ndarray:
+        """(n,) of record_type(): all but `objects`."""
+        rows = np.empty(len(self.score), record_type(self.matched.shape[1]))
+        for name in _COLUMNS:
+            rows[name] = getattr(self, name)
+        return rows
+
+    @staticmethod
+    def of_rows(rows: np.ndarray, objects: np.ndarray) -> Matches:
+        """Those of some rows, of any images, in which there are so many objects to find."""
+        return Matches(**{name: rows[name] for name in _COLUMNS}, objects=objects)
+
+
+def record_type(size: int) -> np.dtype:
+    """A detection's row in Matches: its columns in few bytes, `size` of them for the bits each."""
+    small = [(name, np.int32) for name in ("image", "category", "rank")]
+    bits = [(name, np.uint8, (size,)) for name in ("matched", "ignored")]
+    return np.dtype([*small, ("score", np.float64), *bits])
+
+
+def class_borders(classes: int, groups: int) -> np.ndarray:
+    """(groups + 1,) int64: classes [borders[i], borders[i + 1]) are a group, of about as many."""
+    return np.linspace(0, classes, groups + 1).round().astype(np.int64)
 
 
 def match(objects: Objects, found: Found, kind: str, params: Params) -> Matches:

@@ -7,6 +7,7 @@ import gc
 import math
 import mmap
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -64,6 +65,28 @@ def shared_array(shape: tuple[int, ...]) -> np.ndarray:
     count = math.prod(shape)
     memory = mmap.mmap(-1, max(8 * count, 1))
     return np.frombuffer(memory, dtype=np.float64, count=count).reshape(shape)
+
+
+class Spool:
+    """Bytes in memory that one process appends, for those to read that are forked from where it
+    was made; nothing of it passes through a pipe. Linux only."""
+
+    def __init__(self) -> None:
+        self._file = open(os.memfd_create("spool"), "wb", buffering=0)  # noqa: SIM115 (kept open)
+
+    def append(self, content: bytes) -> None:
+        """Put `content` behind what is there."""
+        rest = memoryview(content)
+        while len(rest):
+            rest = rest[self._file.write(rest) :]
+
+    def read(self) -> np.ndarray:
+        """(n,) uint8, all that has been appended so far."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size == 0:
+            return np.zeros(0, dtype=np.uint8)
+        memory = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ)
+        return np.frombuffer(memory, dtype=np.uint8)
 
 
 def end_with_parent() -> None:

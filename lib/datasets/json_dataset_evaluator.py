@@ -169,7 +169,7 @@ def write_results(results: KindOfResults, parts: Sequence[Part], output_dir: Pat
     output_dir.mkdir(parents=True, exist_ok=True)
     salt = "" if cfg.TEST.COMPETITION_MODE else f"_{uuid.uuid4()}"
     path = output_dir / f"{_FILE_NAMES[results.kind]}_{dataset.name}_results{salt}.json"
-    with atomic_write(path) as file:
+    with atomic_write(path, synced=False) as file:  # detections.pkl is: it can be made again
         file.writelines(joined_text(parts))
     if not dataset.has_annotations:
         return [f"{dataset.name} has no annotations to score by; results are in {path}"]
@@ -208,7 +208,7 @@ def _summary(results: KindOfResults, coco_eval: COCOeval) -> list[str]:
 def _pickle(coco_eval: COCOeval, kind: str, output_dir: Path) -> None:
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_write(output_dir / f"{_PICKLE_NAMES[kind]}_results.pkl") as file:
+    with atomic_write(output_dir / f"{_PICKLE_NAMES[kind]}_results.pkl", synced=False) as file:
         pickle.dump(coco_eval, file, pickle.HIGHEST_PROTOCOL)
 
 

@@ -182,26 +182,29 @@ def save_torch_file(content: Any, path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, synced: bool = True) -> Iterator[BinaryIO]:
     """A binary file that takes its name only once it is complete and on the disk.
 
     A failure inside the `with` block leaves what stood under that name before. An OSError, of a
-    full disk for example, names the file.
+    full disk for example, names the file. synced: whether it must survive a power cut too, which
+    waits for the disk.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+    if synced:
+        _fsync_folder(path.parent)
 
 
 def _fsync_folder(folder: Path) -> None:

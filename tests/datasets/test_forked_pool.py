@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from datasets import forked_pool
-from datasets.forked_pool import in_processes
+from datasets.forked_pool import Spool, in_processes
 
 SCRIPT = """
 import os, signal, sys, time
@@ -51,3 +52,26 @@ def test_a_failure_comes_with_its_traceback():
     with pytest.raises(ValueError, match="item 0") as caught:
         in_processes(fails_here, [0, 1], 2)
     assert "fails_here" in str(caught.value.__cause__)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="made of Linux' memory files")
+def test_what_is_appended_is_read_in_a_process_forked_before():
+    spool, begun, ready = Spool(), *(multiprocessing.get_context("fork").Event() for _ in "12")
+    results = multiprocessing.get_context("fork").SimpleQueue()
+
+    def read():
+        before = spool.read().tobytes()
+        begun.set()
+        assert ready.wait(60)
+        results.put((before, spool.read().tobytes()))
+
+    spool.append(b"ab")
+    process = multiprocessing.get_context("fork").Process(target=read)
+    process.start()
+    assert begun.wait(60)
+    spool.append(b"")
+    spool.append(b"cde")
+    ready.set()
+    assert results.get() == (b"ab", b"abcde")
+    process.join()
+    assert Spool().read().tobytes() == b""
