@@ -129,20 +129,23 @@ def _measure(device: torch.device, size: Size, cases: GrowthCases, infer: bool) 
     if cfg.MODEL.KEYPOINTS_ON:
         draw["keypoints"] = cfg.KRCNN.NUM_KEYPOINTS
     batches = draw_batches(1, size.batch, near=NEAR, **draw)
+    # Counted without autocast, which a counter would switch off for some operators only.
+    with _flop_counter() as counter:
+        OwnTrainer(batches, device, "off").steps(0)
     fresh_memory(device)
     trainer = OwnTrainer(batches, device, cases.amp)
-    with _flop_counter() as counter:
-        trainer.steps(0)
     train = timing_of(trainer.steps(cases.steps, WARM_UP))
     point = Point(size, train, counter.get_total_flops(), peak_gib(device), None, None)
     del trainer
     if not infer:
         return point
-    fresh_memory(device)
-    detector = OwnDetector(batches, device, cases.amp, paste=True)
+    detector = OwnDetector(batches, device, "off", paste=True)
     forget_graphs(detector.model)  # nothing can be counted in a replay
     with _flop_counter() as counter:
         detector.run()
+    del detector
+    fresh_memory(device)
+    detector = OwnDetector(batches, device, cases.amp, paste=True)
     detector.run()
     times = []
     for _ in range(cases.steps):

@@ -19,10 +19,11 @@ SMALL = ["RESNETS.WIDTH_PER_GROUP", "8", "TEST.DETECTIONS_PER_IM", "5", "FPN.DIM
 SMALL += ["FAST_RCNN.MLP_HEAD_DIM", "32", "MRCNN.DIM_REDUCED", "16"]
 
 
-def test_the_script_measures_and_draws_each_series(cfg, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_script_measures_and_draws_each_series(device, cfg, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark_growth, "WARM_UP", 0)
     monkeypatch.setattr(benchmark_growth, "Size", lambda **_: Size(96, 2, 40, 1))
-    args = ["growth", "--device", "cpu", "--cfg", MASK_RCNN, "--steps", 2, "--sides", 96, 64]
+    args = ["growth", "--device", device, "--cfg", MASK_RCNN, "--steps", 2, "--sides", 96, 64]
     args += ["--objects", 2, 300, "--rois", 40, "--batches", 1, 2, "--set", *SMALL]
     args += ["--output", tmp_path / "x", "--plot", tmp_path / "x.png"]
     assert not script.main([str(arg) for arg in args])
@@ -37,7 +38,7 @@ def test_the_script_measures_and_draws_each_series(cfg, tmp_path, capsys, monkey
     assert two["infer_flops"] > 1.5 * one["infer_flops"] > 0
     for point in series["side"]["points"]:
         assert point["train"]["repeats"] == point["infer"]["repeats"] == 2
-        assert point["peak_gib"] is None
+        assert (point["peak_gib"] is None) == (device == "cpu")
     assert series["objects"]["points"][1]["infer"] is None  # inference sees no ground truth
     assert config.TRAIN.SCALES == (800,) and config.TEST.SCALE == 800  # as before
     printed = capsys.readouterr().out
