@@ -16,15 +16,13 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from core.benchmark import Timing, timing_of
-from core.benchmark_infer import OwnDetector
-from core.benchmark_models import draw_batches, fresh_memory, peak_gib
+from core.benchmark_infer import OwnDetector, flops_of_detecting
+from core.benchmark_models import draw_batches, flop_counter, fresh_memory, peak_gib
 from core.benchmark_train import NEAR, OwnTrainer
 from core.config import cfg
 from core.errors import UserError
-from core.test_slots import forget_graphs
 from core.train_engine import prepare_device
 from utils.weights import atomic_write
 
@@ -107,16 +105,6 @@ def growth(device: torch.device, cases: GrowthCases) -> Iterator[tuple[str, Poin
         _set_sizes(before)
 
 
-def _flop_counter() -> FlopCounterMode:
-    """Counts the convolutions too that cuDNN does together with what follows them."""
-
-    def flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return conv_flop_count(x, weight, out_shape)
-
-    fused = torch.ops.aten.cudnn_convolution_relu, torch.ops.aten.cudnn_convolution_add_relu
-    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(fused, flops))
-
-
 def _measure(device: torch.device, size: Size, cases: GrowthCases, infer: bool) -> Point:
     longest = {"MAX_SIZE": round(size.side * 1333 / 800)}
     _set_sizes(
@@ -129,8 +117,7 @@ def _measure(device: torch.device, size: Size, cases: GrowthCases, infer: bool) 
     if cfg.MODEL.KEYPOINTS_ON:
         draw["keypoints"] = cfg.KRCNN.NUM_KEYPOINTS
     batches = draw_batches(1, size.batch, near=NEAR, **draw)
-    # Counted without autocast, which a counter would switch off for some operators only.
-    with _flop_counter() as counter:
+    with flop_counter() as counter:
         OwnTrainer(batches, device, "off").steps(0)
     fresh_memory(device)
     trainer = OwnTrainer(batches, device, cases.amp)
@@ -139,11 +126,7 @@ def _measure(device: torch.device, size: Size, cases: GrowthCases, infer: bool) 
     del trainer
     if not infer:
         return point
-    detector = OwnDetector(batches, device, "off", paste=True)
-    forget_graphs(detector.model)  # nothing can be counted in a replay
-    with _flop_counter() as counter:
-        detector.run()
-    del detector
+    infer_flops = flops_of_detecting(batches, device)
     fresh_memory(device)
     detector = OwnDetector(batches, device, cases.amp, paste=True)
     detector.run()
@@ -153,7 +136,7 @@ def _measure(device: torch.device, size: Size, cases: GrowthCases, infer: bool) 
         detector.run()
         times.append(1e3 * (time.perf_counter() - begin))
     timing = timing_of(times)
-    return replace(point, infer=timing, infer_flops=counter.get_total_flops())
+    return replace(point, infer=timing, infer_flops=infer_flops)
 
 
 def _sizes_of_config() -> dict[str, dict[str, Any]]:

@@ -28,8 +28,10 @@ from core.benchmark_models import (
     choose_threshold,
     detects_by_itself,
     draw_batches,
+    flop_counter,
     fresh_memory,
     left_out_if_it_fails,
+    matrix_rate,
     peak_gib,
     pinned,
     random_model,
@@ -42,7 +44,8 @@ from core.detections import Detections, class_results
 from core.errors import UserError
 from core.test import queue_batch
 from core.test_pipeline import FINISHING_THREADS, finish, one_ahead, precision
-from core.train_engine import place_model, prepare_device
+from core.test_slots import forget_graphs
+from core.train_engine import AMP_DTYPES, place_model, prepare_device
 from nn.parallel.scatter import move_to
 from utils.blob import pack_images
 
@@ -93,6 +96,15 @@ class OwnDetector:
         images, packed = batch
         with precision(self.device, self._amp):
             return queue_batch(self.model, images, packed=packed)
+
+
+def flops_of_detecting(batches: Sequence[Sequence[Scene]], device: torch.device) -> int:
+    """Floating-point operations of the matrix products and convolutions of this project's model."""
+    detector = OwnDetector(batches, device, "off", paste=False)
+    forget_graphs(detector.model)  # nothing can be counted in a replay
+    with flop_counter() as counter:
+        detector.run()
+    return counter.get_total_flops()
 
 
 class PeerDetector(ABC):
@@ -243,7 +255,9 @@ def infer_rates(
         batches = draw_batches(
             cases.batches, batch_size, classes=cfg.MODEL.NUM_CLASSES - 1, one_size=True
         )
+        flops = flops_of_detecting(batches[:1], device)
         for amp in cases.precisions:
+            floor = 1e3 * flops / matrix_rate(device, AMP_DTYPES[amp] or torch.float32)
             for paste in (True, False) if cfg.MODEL.MASK_ON else (True,):
                 for name, kind in who.items():
                     fresh_memory(device)
@@ -258,5 +272,5 @@ def infer_rates(
                         notes = {"detections": kept / (cases.rounds * cases.batches * batch_size)}
                         title = PRECISIONS[amp] + ("" if paste else ", not pasted")
                         memory = peak_gib(device), reserved_gib(device)
-                        yield Rate(name, title, batch_size, timing_of(times), *memory, notes)
+                        yield Rate(name, title, batch_size, timing_of(times), *memory, notes, floor)
                     detector = None

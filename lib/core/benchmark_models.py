@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from torchvision.models import detection as tv
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -439,6 +440,19 @@ def _number(value: float | None) -> str:
 
 def _align(column: int, cell: str, width: int) -> str:
     return cell.ljust(width) if column in (1, 2, 10) else cell.rjust(width)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts the convolutions too that cuDNN does together with what follows them.
+
+    For models without autocast: a counter hides it from some operators, not from all.
+    """
+
+    def flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return conv_flop_count(x, weight, out_shape)
+
+    fused = torch.ops.aten.cudnn_convolution_relu, torch.ops.aten.cudnn_convolution_add_relu
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(fused, flops))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -32,6 +32,7 @@ def test_the_script_measures_inference_beside_torchvision(cfg, tmp_path, monkeyp
     ]  # fmt: skip
     for row in rows:
         assert row["notes"]["detections"] == pytest.approx(5, abs=0.5)
+        assert row["floor_ms"] > 0
     assert "not pasted" in capsys.readouterr().out
 
 
