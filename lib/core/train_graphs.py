@@ -7,6 +7,7 @@ launch them than the GPU to run them; replaying a recorded step costs the host n
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -65,7 +66,8 @@ class RecordedCalls:
             leaves behind when it is called as it is (a cache for a new shape) costs the recordings
             made before, in whose memory it may lie.
         device: a GPU.
-        abandon: called when the memory was full in the middle of a call, before it is done again.
+        abandon: called when the memory was full in the middle of a call, before it is done again
+            outside the pool. What is to stay is better moved, for it keeps parts of the pool.
         warm_up: calls before the first recording.
     """
 
@@ -83,7 +85,7 @@ class RecordedCalls:
         self._graphs: dict[Hashable, _Recorded] = {}
         with torch.cuda.device(device):
             self._pool: torch.cuda.MemPool | None = torch.cuda.MemPool()
-        self._recording, self._under_way = True, False
+        self._recording = True
         self._replays, self._seconds = 0, 0.0
 
     def __call__(self, inputs: Mapping[str, Any]) -> tuple:
@@ -92,8 +94,8 @@ class RecordedCalls:
         try:
             return self._run(inputs)
         except torch.cuda.OutOfMemoryError:
-            # Without recordings there is no memory to win; other ranks would wait for this step.
-            if not (self._graphs or self._under_way) or dist.is_initialized():
+            # Without the pool there is no memory to win; other ranks would wait for this step.
+            if self._pool is None or dist.is_initialized():
                 raise
         # Not in the handler: its traceback holds all that the call had on the device.
         self._give_up()
@@ -115,6 +117,10 @@ class RecordedCalls:
     def _as_it_is(self, inputs: Mapping[str, Any]) -> tuple:
         if self._pool is None:
             return self._function(**inputs)
+        # Within a call that works in a pool, torch does not give back what it keeps outside of it.
+        free, total = torch.cuda.mem_get_info(self._device)
+        if free < total / 4:
+            torch.cuda.empty_cache()
         before = self._blocks_in_use()
         # The pool is this thread's: another one's backward pass would have memory of its own.
         with (
@@ -127,12 +133,12 @@ class RecordedCalls:
             self._graphs.clear()
         return outputs
 
-    def _blocks_in_use(self) -> set[int]:
-        """Addresses in the pool where tensors live; none without a recording to overwrite them."""
+    def _blocks_in_use(self) -> set[tuple[int, int]]:
+        """Addresses and sizes of what lives in the pool; none if no recording can overwrite it."""
         if not self._graphs:
             return set()
         blocks = [block for segment in self._pool.snapshot() for block in segment["blocks"]]
-        return {block["address"] for block in blocks if block["state"] == "active_allocated"}
+        return {(b["address"], b["size"]) for b in blocks if b["state"] == "active_allocated"}
 
     def _may_record(self, key: Hashable) -> bool:
         known = key in self._seen
@@ -144,7 +150,7 @@ class RecordedCalls:
         return len(self._graphs) < MOST_GRAPHS
 
     def _record(self, key: Hashable, inputs: dict[str, Any]) -> _Recorded:
-        begin, self._under_way = time.perf_counter(), True
+        begin = time.perf_counter()
         graph, stream = torch.cuda.CUDAGraph(), training_stream(self._device)
         try:
             # Threads that pin batches or write checkpoints may go on as they like.
@@ -153,6 +159,7 @@ class RecordedCalls:
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            _keep_for_ever(self._pool)
             cause = error.__context__ or error
             if isinstance(cause, torch.cuda.OutOfMemoryError):
                 raise UserError(
@@ -163,7 +170,7 @@ class RecordedCalls:
                 f"a training step could not be recorded as a CUDA graph ({cause}): if something of "
                 "yours in the model waits for the GPU, train with --set MODEL.CUDA_GRAPHS False"
             ) from error
-        self._graphs[key], self._under_way = recorded, False
+        self._graphs[key] = recorded
         self._seconds += time.perf_counter() - begin
         return recorded
 
@@ -187,9 +194,10 @@ class RecordedCalls:
             "the memory of %s is full: going on without CUDA graphs (MODEL.CUDA_GRAPHS)",
             self._device,
         )
-        self._recording = self._under_way = False
+        self._recording = False
         self._graphs.clear()
-        self._pool = None  # what is free of it can be used again; after the recordings
+        self._pool = None  # after the recordings; what is free of it can be used again
+        torch.cuda.empty_cache()
         self._abandon()
         torch.cuda.empty_cache()
 
@@ -209,7 +217,8 @@ class StepGraphs:
         device: torch.device,
         warm_up: int = 0,
     ) -> None:
-        self._calls = RecordedCalls(step, device, optimizer.zero_grad, warm_up)
+        self._optimizer = optimizer
+        self._calls = RecordedCalls(step, device, self._abandon, warm_up)
         self._rates = DeviceRates(optimizer, device)
         for group in optimizer.param_groups:
             if "capturable" in group:  # Adam counts its steps on the device then
@@ -226,8 +235,21 @@ class StepGraphs:
         """Drop the recordings."""
         self._calls.forget()
 
+    def _abandon(self) -> None:
+        self._optimizer.zero_grad()
+        for state in self._optimizer.state.values():
+            for name, value in state.items():
+                if torch.is_tensor(value):
+                    state[name] = value.clone()
+
     def __str__(self) -> str:
         return str(self._calls)
+
+
+def _keep_for_ever(pool: torch.cuda.MemPool) -> None:
+    """A recording that broke off leaves its pool in use; older versions of torch end the process
+    when such a pool goes, were it at the end of the program."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
 
 
 def recordable(inputs: Mapping[str, Any]) -> dict[str, Any]:

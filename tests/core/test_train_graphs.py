@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -210,27 +211,88 @@ def test_a_full_gpu_goes_on_without_graphs(monkeypatch, caplog, number):
     torch.testing.assert_close(rows, plain_rows, rtol=1e-5, atol=1e-6)
 
 
-class Keeping(Drawing):
-    """Keeps something of every shape, as large as what its steps work with."""
-
-    def __init__(self):
-        super().__init__()
-        self.kept = {}
-
-    def forward(self, images, **inputs):
-        if images.shape not in self.kept:
-            self.kept[images.shape] = torch.full_like(self.conv(images), 0.5).detach()
-        output = super().forward(images, **inputs)
-        output["metrics"]["kept"] = self.kept[images.shape].mean()
-        return output
-
-
 @pytest.mark.gpu
-def test_what_a_step_keeps_is_not_overwritten_by_replays():
-    rows, _ = run(True, module=Keeping())
-    assert rows[:, 3].tolist() == [0.5] * 24
-    plain_rows, _ = run(False, module=Keeping())
-    torch.testing.assert_close(rows, plain_rows, rtol=1e-5, atol=1e-6)
+def test_what_a_plain_call_keeps_is_not_overwritten_by_older_recordings():
+    device, kept = torch.device("cuda", 0), {}
+
+    def step(images):
+        n = len(images)
+        if n not in kept:  # where the scratch of recordings made before is free
+            kept[n] = torch.full_like(images, n)
+        return (), (images * 2 + kept[n]).mean()
+
+    calls = graphs.RecordedCalls(step, device, lambda: None)
+    large, small = ({"images": torch.ones(n, 2**20, device=device)} for n in (8, 7))
+    with graphs.on_training_stream(device):
+        for batch in [large, large, large, small]:
+            assert calls(batch)[1].item() == pytest.approx(2 + len(batch["images"]))
+        assert "2 of the steps" in str(calls) and "one of 0 recorded" in str(calls)
+        for batch in [large, large, small, large, small, small]:
+            assert calls(batch)[1].item() == pytest.approx(2 + len(batch["images"]))
+        assert "one of 2 recorded" in str(calls)
+    assert kept[7].unique().tolist() == [7] and kept[8].unique().tolist() == [8]
+
+
+@pytest.fixture
+def pool_on_the_cpu(monkeypatch):
+    """Where there is no GPU: a pool that nothing is in, and a GPU with some memory free."""
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8, 10))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_full_gpu_in_a_plain_call(pool_on_the_cpu, monkeypatch, caplog, together):
+    """Is the end only where other processes wait for the step."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: together)
+    done, abandoned = [], []
+
+    def step(images):
+        done.append(len(images))
+        if len(done) == 2:
+            raise torch.cuda.OutOfMemoryError("full")
+        return (), images.sum()
+
+    calls = graphs.RecordedCalls(step, CPU, lambda: abandoned.append(1))
+    assert calls({"images": torch.ones(3)})[1] == 3
+    if together:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            calls({"images": torch.ones(4)})
+        return
+    assert calls({"images": torch.ones(4)})[1] == 4
+    assert done == [3, 4, 4] and abandoned == [1] and "without CUDA graphs" in caplog.text
+    for _ in range(3):  # outside the pool, and never recorded
+        assert calls({"images": torch.ones(4)})[1] == 4
+    calls._function = lambda **_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("full again"))
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="again"):
+        calls({"images": torch.ones(4)})
+
+
+@pytest.mark.parametrize("free", [1, 8])  # of 10
+def test_memory_that_torch_keeps_is_given_back_before_a_plain_call(
+    pool_on_the_cpu, monkeypatch, free
+):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    calls = graphs.RecordedCalls(lambda images: ((), images.sum()), CPU, lambda: None)
+    calls({"images": torch.ones(3)})
+    assert bool(emptied) == (free == 1)
+
+
+def test_what_the_optimizer_keeps_leaves_the_pool_when_training_goes_on_without(pool_on_the_cpu):
+    weight = nn.Parameter(torch.ones(4, 2, 3, 3).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    before = optimizer.state[weight]["momentum_buffer"]
+    graphs.StepGraphs(lambda: None, optimizer, CPU)._abandon()
+    after = optimizer.state[weight]["momentum_buffer"]
+    assert weight.grad is None
+    assert after.data_ptr() != before.data_ptr() and torch.equal(after, before)
+    assert after.stride() == before.stride()
 
 
 @pytest.mark.gpu
