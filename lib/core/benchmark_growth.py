@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 from core.benchmark import Timing, timing_of
 from core.benchmark_infer import OwnDetector, flops_of_detecting
-from core.benchmark_models import draw_batches, flop_counter, fresh_memory, peak_gib
-from core.benchmark_train import NEAR, OwnTrainer
+from core.benchmark_models import draw_batches, fresh_memory, peak_gib
+from core.benchmark_train import NEAR, OwnTrainer, flops_of_training
 from core.config import cfg
 from core.errors import UserError
 from core.train_engine import prepare_device
@@ -117,12 +117,11 @@ def _measure(device: torch.device, size: Size, cases: GrowthCases, infer: bool) 
     if cfg.MODEL.KEYPOINTS_ON:
         draw["keypoints"] = cfg.KRCNN.NUM_KEYPOINTS
     batches = draw_batches(1, size.batch, near=NEAR, **draw)
-    with flop_counter() as counter:
-        OwnTrainer(batches, device, "off").steps(0)
+    train_flops = flops_of_training(batches, device)
     fresh_memory(device)
     trainer = OwnTrainer(batches, device, cases.amp)
     train = timing_of(trainer.steps(cases.steps, WARM_UP))
-    point = Point(size, train, counter.get_total_flops(), peak_gib(device), None, None)
+    point = Point(size, train, train_flops, peak_gib(device), None, None)
     del trainer
     if not infer:
         return point

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import modeling.model_builder as model_builder
 import nn as mynn
@@ -32,6 +31,7 @@ from core.benchmark_models import (
     Rate,
     Scene,
     draw_batches,
+    flop_counter,
     fresh_memory,
     left_out_if_it_fails,
     matrix_rate,
@@ -362,7 +362,7 @@ def train_rates(
     who |= others
     for batch_size in cases.batch_sizes:
         batches = draw_scenes(batch_size, alike=cases.compiled_peer)
-        flops = _flops(batches, device)
+        flops = flops_of_training(batches, device)
         for amp in cases.precisions:
             floor = flops / matrix_rate(device, AMP_DTYPES[amp] or torch.float32)
             for name, kind in who.items():
@@ -413,10 +413,10 @@ def draw_scenes(batch_size: int, alike: bool = False) -> list[list[Scene]]:
     )
 
 
-def _flops(batches: Sequence[Sequence[Scene]], device: torch.device) -> int:
+def flops_of_training(batches: Sequence[Sequence[Scene]], device: torch.device) -> int:
     """Floating-point operations of the matrix products and convolutions of a step."""
     fresh_memory(device)
     trainer = OwnTrainer(batches, device, "off")
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         trainer.steps(0)
     return counter.get_total_flops()

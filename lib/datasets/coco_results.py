@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
     matches: Matches | None  # None: there is nothing to score by
     groups: np.ndarray  # (g, 3) int64: label, position of the image, bytes of text
-    text: bytes  # the results of each group in JSON, one group after the other
+    text: bytes | memoryview  # the results of each group in JSON, one group after the other
 
 
 def image_found(

@@ -188,11 +188,13 @@ def _score(
             )
         ]
         sums.sort(key=lambda task: -task[0])  # the longest work begins first
-        adding = [(kind, queue("add_up", kind, *task)) for _, kind, *task in sums]
+        adding: dict[str, list[Future]] = {kind: [] for kind in work.sums}
+        for _, kind, *task in sums:
+            adding[kind].append(queue("add_up", kind, *task))
         written = {kind: queue("write", kind, found[kind].lengths) for kind in kinds}
         scores = {}
-        for kind in work.sums:
-            for _, future in filter(lambda task, kind=kind: task[0] == kind, adding):
+        for kind, futures in adding.items():
+            for future in futures:
                 future.result()
             scores[kind] = queue("scores", kind)
         evaluations = {}

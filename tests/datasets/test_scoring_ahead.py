@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from datasets import json_dataset_evaluator, scoring_process, task_evaluation
+from datasets import json_dataset_evaluator, scoring_ahead, scoring_process, task_evaluation
 from datasets.dataset_catalog import resolve_dataset
 from datasets.demo_shapes import make_demo_data
 from datasets.json_dataset import JsonDataset
@@ -66,6 +66,7 @@ def test_the_scores_and_files_are_those_of_the_end(
     dataset, tmp_path, caplog, monkeypatch, processes
 ):
     monkeypatch.setattr(scoring_process, "available_cpus", lambda: processes)
+    monkeypatch.setattr(scoring_ahead, "LAST_IMAGES", 10)  # larger pieces go before them
     found = detections(dataset)
     order = np.random.default_rng(1).permutation(IMAGES)  # as batches of one size each give them
     folders = tmp_path / "end", tmp_path / "ahead"
