@@ -95,6 +95,8 @@ def end_with_parent() -> None:
     # Were that one killed, this one would wait for work for ever, with its memory and connections.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != multiprocessing.parent_process().pid:  # it ended before that
+            os._exit(1)
     torch.set_num_threads(1)  # the others are not forked too
     gc.disable()
 

@@ -39,6 +39,37 @@ def test_processes_end_with_the_one_that_is_killed():
     assert time.monotonic() - begin < 50
 
 
+LATE = """
+import multiprocessing, os, sys, time
+sys.path.insert(0, {lib!r})
+from datasets import forked_pool
+
+class Slow:
+    def __init__(self, name): pass
+    def prctl(self, *_):
+        while os.getppid() == parent:
+            time.sleep(0.01)
+
+def work():
+    forked_pool.ctypes.CDLL = Slow
+    forked_pool.end_with_parent()
+    os.write(1, b"still there")
+
+parent = os.getpid()
+multiprocessing.get_context("fork").Process(target=work).start()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of the end")
+def test_a_process_ends_whose_parent_ended_before_it_could_be_told():
+    script = LATE.format(lib=str(Path(forked_pool.__file__).parents[1]))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_results_come_in_the_order_of_the_items(processes):
     offset = 10
