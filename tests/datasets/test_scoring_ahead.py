@@ -75,6 +75,7 @@ def test_the_scores_and_files_are_those_of_the_end(
         said = [record.getMessage() for record in caplog.records]
         caplog.clear()
         with ScoringAhead(dataset, ["bbox", "segm"], folders[1]) as ahead:
+            assert ahead._connection.poll(60)  # ready: images are sent as they come
             hand_over(ahead, found, order)
             results = task_evaluation.evaluate_all(dataset, *found, folders[1], ahead.result())
     assert results == at_end
