@@ -20,6 +20,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from roi_data.minibatch import GROWING_INPUTS
+from utils.cuda_graphs import end_broken_recording
 from utils.streams import stream_for
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,7 @@ class RecordedCalls:
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            end_broken_recording(self._pool.id, self._device)
             _keep_for_ever(self._pool)
             cause = error.__context__ or error
             if isinstance(cause, torch.cuda.OutOfMemoryError):

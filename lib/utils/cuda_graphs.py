@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import OrderedDict
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _one_at_a_time = threading.Lock()  # a process can record one graph
 
+PoolId = tuple[int, int]
 Outputs = tuple[Tensor | None, ...]
 Function = Callable[..., Outputs]
 
@@ -34,7 +36,8 @@ class CudaGraphs:
 
     The first call of a key with inputs of certain shapes runs as it stands, so that libraries
     choose their kernels; the second records; later ones replay. A function that cannot be recorded
-    goes on running as it stands, and a line in the log says why.
+    goes on running as it stands, and a line in the log says why: where memory was full, with inputs
+    of these shapes, else with all of its key.
 
     Recordings share one memory pool, one set of input and one of output buffers: what they all
     take is about what the largest takes. Replays therefore follow one another, whatever threads
@@ -67,7 +70,8 @@ class CudaGraphs:
         """
         full_key = (key, _modes(), *((x.shape, x.dtype) for x in inputs))
         with self._lock:
-            if full_key in self._seen and full_key not in self._refused:
+            refused = full_key in self._refused or full_key[:2] in self._refused
+            if full_key in self._seen and not refused:
                 recording = self._recording(full_key, function, inputs)
                 if recording is not None:
                     return self._replay(recording, inputs)
@@ -111,12 +115,17 @@ class CudaGraphs:
             try:
                 with _one_at_a_time:
                     found = self._record(function, inputs, self._seen[key])
-            except RuntimeError as error:  # also: out of memory
+            except RuntimeError as error:
                 # Ending the recording fails too, and hides what went wrong in it.
-                reason = str(error.__context__ or error).splitlines()[0]
-                logger.warning("no CUDA graph for inputs of this size, slower: %s", reason)
-                self._refused.add(key)
-                self._pool = None  # a recording that broke off leaves it in use
+                cause = error.__context__ or error
+                full = isinstance(cause, torch.cuda.OutOfMemoryError)
+                what = "inputs of this size" if full else "these calls"
+                reason = str(cause).splitlines()[0]
+                logger.warning("no CUDA graph for %s, slower: %s", what, reason)
+                # Trying all sizes would leave a pool in use each time, with its memory.
+                self._refused.add(key if full else key[:2])
+                end_broken_recording(self._pool, inputs[0].device)
+                self._pool = None
                 return None
         self._recordings[key] = found
         return found
@@ -172,6 +181,16 @@ class CudaGraphs:
         outputs = tuple(None if y is None else y.clone() for y in recording.outputs)
         self._done = stream.record_event()
         return outputs
+
+
+def end_broken_recording(pool: PoolId, device: torch.device) -> None:
+    """Tell torch's allocator that nothing is recorded in the pool any more.
+
+    torch before 2.12 forgets to when a recording fails (pytorch/pytorch#180395), gives no memory
+    back after that, and ends the process as soon as a torch.cuda.MemPool goes.
+    """
+    with contextlib.suppress(RuntimeError):  # newer versions have done it
+        torch._C._cuda_endAllocateToPool(device.index, pool)
 
 
 def _autocast_without_cache() -> torch.autocast:

@@ -96,12 +96,23 @@ def test_what_waits_for_the_device_is_not_recorded_but_works(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(4):
             assert graphs(waits, [x])[0].tolist() == [0, 6, 12, 18]
+    assert graphs(waits, [x[:3]])[0].tolist() == [0, 3, 6]
+    assert graphs(waits, [x[:3]])[0].tolist() == [0, 3, 6]
     assert [record.message.startswith("no CUDA graph") for record in caplog.records] == [True]
     net = Net()
     for seed in range(3):  # a failure leaves nothing behind
         given = inputs(9, seed)
         assert_same(graphs(net, given, key=1), net(*given))
     assert len(graphs) == 1
+    # torch before 2.12 kept all memory after it, and ended the process when a pool went.
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        torch.ones(9, device="cuda")
+    before = torch.cuda.memory_reserved()
+    torch.empty(2**26, device="cuda")
+    del pool
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before
 
 
 def test_threads_and_streams_share_recordings():
