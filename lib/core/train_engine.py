@@ -167,7 +167,7 @@ def train(
     model.train()
     step, signal = settings.start_step, 0
     try:
-        with StopRequest() as stop, on_training_stream(*model.devices):
+        with StopRequest() as stop, on_training_stream(*loop.devices_with_streams):
             batches = batches_on_devices(loader, model)
             for step in range(settings.start_step, settings.max_iter):
                 rate = learning_rate(step)
@@ -247,6 +247,13 @@ class _Loop:
     def blob_sizes(self) -> list[tuple[int, int]]:
         """Padded height and width of the last batch on each device, as far as known."""
         return list(self._batch.get("blob_size", ()))
+
+    @property
+    def devices_with_streams(self) -> list[torch.device]:
+        """GPUs whose work need not be on their default stream. torch adds up the gradients of
+        several GPUs there, and does not wait for what is on another one."""
+        devices = self._model.devices
+        return devices if self._recorded is not None or len(devices) == 1 else []
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Continue what `ckpt_content` does not know; checkpoints of Detectron.pytorch lack it."""

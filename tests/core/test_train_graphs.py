@@ -173,6 +173,37 @@ def test_replicas_train_as_copies_made_in_every_step_do():
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
 
 
+class _LateOnTheSecondGpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if gradient.device.index == 1:
+            torch.cuda._sleep(10_000_000)  # some milliseconds
+        return gradient
+
+
+class Late(Drawing):
+    """Its second replica's gradients take a while."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv.register_forward_hook(lambda _m, _args, out: _LateOnTheSecondGpu.apply(out))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("recorded", [True, False])
+def test_every_gpus_gradients_are_waited_for(recorded):
+    rows, weights = run(recorded, gpus=2)
+    late_rows, late_weights = run(recorded, gpus=2, module=Late())
+    torch.testing.assert_close(late_rows, rows, rtol=1e-5, atol=1e-6)
+    for late, value in zip(late_weights.values(), weights.values(), strict=True):
+        torch.testing.assert_close(late, value, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.gpu
 def test_shapes_beyond_the_limit_are_not_recorded(monkeypatch):
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
