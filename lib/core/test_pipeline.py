@@ -265,8 +265,10 @@ def finish(
     """`class_results` beside the work that has been queued since."""
     if found.ready is None:
         return class_results(found, num_classes)
-    # Another stream, or pasting would queue behind the next batch's forward pass.
-    with torch.cuda.stream(next_stream_for("finishing", found.boxes.device)):
+    # Another stream, or pasting would queue behind the next batch's forward pass. A thread begins
+    # on GPU 0; going back there from another one's stream would open a context on it.
+    device = found.boxes.device
+    with torch.cuda.device(device), torch.cuda.stream(next_stream_for("finishing", device)):
         torch.cuda.current_stream().wait_event(found.ready)
         return class_results(found, num_classes)
 

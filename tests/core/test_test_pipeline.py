@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 import torch
 
 from core import test_pipeline
+from core.detections import Detections
 from core.test_pipeline import decoded_batches, one_ahead
 
 
@@ -33,6 +38,35 @@ def test_one_is_queued_while_another_is_waited_for(count):
         assert events.index(("queue", begun)) < events.index(("wait", item))
         if item + 2 < count:
             assert events.index(("wait", item)) < events.index(("queue", item + 2))
+
+
+@pytest.mark.gpu
+def test_results_are_fetched_from_the_gpu_they_are_on_alone():
+    """A thread opens no context on GPU 0 for it, hundreds of MiB."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    folders = [str(Path(__file__).parent), str(Path(test_pipeline.__file__).parents[1])]
+    script = f"import sys; sys.path[:0] = {folders}; "
+    script += "import test_test_pipeline as t; t.fetch_from_the_second_gpu()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[False, True]\n", done.stderr
+
+
+def fetch_from_the_second_gpu() -> None:
+    torch.cuda.set_device(1)
+    found = Detections(
+        boxes=torch.zeros(0, 4, device="cuda:1"),
+        scores=torch.zeros(0, device="cuda:1"),
+        classes=torch.zeros(0, dtype=torch.int64, device="cuda:1"),
+        masks=None,
+        heatmaps=None,
+        height=4,
+        width=5,
+        ready=torch.cuda.current_stream().record_event(),
+    )
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(test_pipeline.finish, found, 3).result()
+    print([torch._C._cuda_hasPrimaryContext(i) for i in range(2)])
 
 
 @pytest.fixture
