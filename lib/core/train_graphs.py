@@ -50,9 +50,11 @@ def on_training_stream(*devices: torch.device) -> Iterator[None]:
         for device, before in zip(gpus[::-1], outside[::-1], strict=True):
             training_stream(device).wait_stream(before)
             stack.enter_context(torch.cuda.stream(training_stream(device)))
-        yield
-    for device, after in zip(gpus, outside, strict=True):
-        after.wait_stream(training_stream(device))
+        try:
+            yield
+        finally:  # also who catches an error finds the block's work done
+            for device, after in zip(gpus, outside, strict=True):
+                after.wait_stream(training_stream(device))
 
 
 class RecordedCalls:
@@ -163,6 +165,8 @@ class RecordedCalls:
             end_broken_recording(self._pool.id, self._device)
             _keep_for_ever(self._pool)
             cause = error.__context__ or error
+            if str(cause).startswith("DataLoader worker"):  # torch says so wherever the program is
+                raise cause from None
             if isinstance(cause, torch.cuda.OutOfMemoryError):
                 raise UserError(
                     "the GPU's memory is full while a step is recorded as a CUDA graph: train with "

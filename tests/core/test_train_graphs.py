@@ -268,7 +268,7 @@ def test_what_a_plain_call_keeps_is_not_overwritten_by_older_recordings():
 def pool_on_the_cpu(monkeypatch):
     """Where there is no GPU: a pool that nothing is in, and a GPU with some memory free."""
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    monkeypatch.setattr(torch.cuda, "MemPool", type("Pool", (), {}))
     monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8, 10))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -299,6 +299,44 @@ def test_a_full_gpu_in_a_plain_call(pool_on_the_cpu, monkeypatch, caplog, togeth
     calls._function = lambda **_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("full again"))
     with pytest.raises(torch.cuda.OutOfMemoryError, match="again"):
         calls({"images": torch.ones(4)})
+
+
+def test_a_loader_process_that_dies_meanwhile_is_not_the_recordings_fault(
+    pool_on_the_cpu, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda.MemPool, "id", (0, 7), raising=False)
+    monkeypatch.setattr(graphs, "training_stream", lambda _: None)
+    ended = []
+    monkeypatch.setattr(graphs, "end_broken_recording", lambda *args: ended.append(args))
+    said = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    answers = iter([((), torch.ones(())), RuntimeError(said)])
+
+    def step(images):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    calls = graphs.RecordedCalls(step, CPU, lambda: None)
+    calls({"images": torch.ones(3)})
+    with pytest.raises(RuntimeError, match="^DataLoader worker"):
+        calls({"images": torch.ones(3)})
+    assert ended == [((0, 7), CPU)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fails", [False, True])
+def test_work_on_the_training_stream_is_waited_for(fails):
+    device = torch.device("cuda", 0)
+    value = torch.zeros((), device=device)
+    with contextlib.suppress(ZeroDivisionError), graphs.on_training_stream(device):
+        torch.cuda._sleep(100_000_000)
+        value.fill_(1)
+        if fails:
+            raise ZeroDivisionError
+    assert value.item() == 1
 
 
 @pytest.mark.parametrize("free", [1, 8])  # of 10
