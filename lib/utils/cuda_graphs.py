@@ -178,9 +178,10 @@ class CudaGraphs:
         for buffer, x in zip(recording.inputs, inputs, strict=True):
             buffer.copy_(x)
         recording.graph.replay()
-        outputs = tuple(None if y is None else y.clone() for y in recording.outputs)
-        self._done = stream.record_event()
-        return outputs
+        try:
+            return tuple(None if y is None else y.clone() for y in recording.outputs)
+        finally:
+            self._done = stream.record_event()
 
 
 def end_broken_recording(pool: PoolId, device: torch.device) -> None:
