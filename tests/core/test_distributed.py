@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import statistics
@@ -188,6 +189,55 @@ def test_a_failing_rank_ends_all_and_a_signal_to_one_stops_all(tmp_path):
         "model_step1.pth",
         "model_step2.pth",
     )
+
+
+class OnGpu(Detector):
+    """Waits for nothing, so that its steps are recorded."""
+
+    def forward(self, data, image_ids=None):
+        features = self.body(self.stem(data)).relu()
+        return {
+            "losses": {"loss_a": self.fc(features.mean(dim=(2, 3))).pow(2).mean()},
+            "metrics": {},
+        }
+
+
+def train_on_gpus_until_one_fails(folder, steps, failing_step, environment):
+    os.environ.update(environment)
+    launch = launch_from_environment()
+    logging.basicConfig(filename=folder / f"log_{launch.rank}", level=logging.INFO)
+    device = torch.device("cuda", launch.rank)
+    torch.cuda.set_device(device)
+    ranks.join(launch)
+    module = place_model(OnGpu(), device)
+
+    def loader():
+        for step in range(steps):
+            if (step, launch.rank) == (failing_step, 1):
+                raise KeyError("rank 1 fails")
+            yield {"data": [torch.ones(2, 3, 6, 8)], "image_ids": [[step]]}
+
+    model = mynn.DataParallel(
+        ranks.distribute(module), [device], cpu_keywords=["image_ids"], minibatch=True
+    )
+    settings = TrainSettings(max_iter=steps, disp_interval=steps)
+    optimizer = net_utils.build_optimizer(module, SOLVER)
+    stats = TrainingStats(steps, quiet=True, gather=ranks.gather_objects)
+    train(model, optimizer, loader(), lambda step: 0.05, settings, stats)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("network", [False, True])
+def test_a_failing_rank_ends_one_whose_gpu_waits_for_it(tmp_path, network):
+    as_if_on_two_machines = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
+    environment = as_if_on_two_machines if network else {}
+    processes = start_ranks(2, train_on_gpus_until_one_fails, tmp_path, 40, 30, environment)
+    ended = exit_codes(processes, 60)
+    for process in processes:
+        process.kill()
+    assert ended == [1, 1]
+    assert "replayed one of 1 recorded" in (tmp_path / "log_0").read_text()
 
 
 def test_the_script_trains_evaluates_and_resumes_with_two_processes(tmp_path):
