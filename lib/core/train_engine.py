@@ -185,7 +185,8 @@ def train(
         if told is not None:
             raise told from error
         if not isinstance(error, UserError):
-            logger.error("stopped in step %d by %s; nothing is saved", step, type(error).__name__)
+            saved = "its checkpoint is written" if loop.saved == step else "nothing is saved"
+            logger.error("stopped in step %d by %s; %s", step, type(error).__name__, saved)
         raise
     finally:
         stats.close()
@@ -237,6 +238,7 @@ class _Loop:
             else:
                 warm_up = DDP_WARM_UP if ranks.world_size() > 1 else 0
                 self._recorded = StepGraphs(self._whole_step, optimizer, model.devices[0], warm_up)
+        self.saved = -1  # step whose checkpoint is on the disk although its evaluation failed
         self._best: dict[str, Any] | None = None
         self._batch: Mapping[str, Any] = {}
         self._writer = None
@@ -366,10 +368,19 @@ class _Loop:
         states = ranks.gather_objects(own_state)
         best = False
         if evaluating:
-            found = self._evaluate(ranks.bare(self._model.module))
+            try:
+                found = self._evaluate(ranks.bare(self._model.module))
+            except Exception:
+                self._write(step, states, False)
+                self.wait_for_checkpoint()
+                self.saved = step
+                raise
             restore_random_state(own_state, self._model.devices)
             if found is not None:
                 best = self._note_score(step, found)
+        self._write(step, states, best)
+
+    def _write(self, step: int, states: list[Any], best: bool) -> None:
         if self._writer is None:
             return
         settings = self._settings

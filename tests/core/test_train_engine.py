@@ -243,6 +243,17 @@ def test_the_best_checkpoint_is_kept(tmp_path, caplog):
     assert [e["coco/box/AP"] for e in entries if "coco/box/AP" in e] == [0.3, 0.5, 0.4]
 
 
+def test_an_evaluation_that_fails_loses_no_step(tmp_path, caplog):
+    def evaluate(model):
+        raise IndexError("an odd annotation")
+
+    with pytest.raises(IndexError, match="odd"):
+        run(tmp_path, max_iter=6, eval_period=4, evaluate=evaluate)
+    assert net_utils.read_ckpt(tmp_path / "model_step3.pth")["step"] == 3
+    assert (tmp_path / "last_checkpoint").read_text().strip() == "model_step3.pth"
+    assert "stopped in step 3 by IndexError; its checkpoint is written" in caplog.text
+
+
 def test_a_full_gpu_and_a_dead_loader_process_are_one_sentence():
     class Full(Tiny):
         def forward(self, data, image_ids=None, blob_size=None):
