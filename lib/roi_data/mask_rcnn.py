@@ -81,7 +81,8 @@ def mask_targets(
     if masks.bitmasks.shape[0]:
         bitmask = masks.bitmask_index.gather(1, index).flatten()
         bitmask = torch.where(valid.flatten(), bitmask, -1)
-        cropped = crop_bitmasks(masks.bitmasks, bitmask.clamp(min=0), rois.view(-1, 4), resolution)
+        boxes = rois.reshape(-1, 4)
+        cropped = crop_bitmasks(masks.bitmasks, bitmask.clamp(min=0), boxes, resolution)
         targets = torch.where((bitmask >= 0).view(-1, 1, 1), cropped, targets)
     return targets, valid.flatten()
 

@@ -149,6 +149,31 @@ def test_an_rle_object_gives_its_crop():
     np.testing.assert_array_equal(targets[0].numpy(), expected)
 
 
+def test_rle_objects_of_several_images_with_the_first_of_their_rois():
+    bitmask = np.zeros((100, 100), np.uint8)
+    bitmask[20:60, 30:50] = 1
+    one = ground_truth([bitmask])
+    masks = GroundTruthMasks(
+        gt_poly_coords=one.coords,
+        gt_poly_offsets=one.poly_offsets,
+        gt_object_offsets=torch.zeros(9, dtype=torch.int64),
+        gt_poly_boxes=one.boxes.repeat(2, 1, 1),
+        gt_has_mask=one.has_mask.repeat(2, 1),
+        gt_bitmasks=torch.cat([one.bitmasks, 1 - one.bitmasks]),
+        gt_bitmask_index=torch.cat([one.bitmask_index, 2 * one.bitmask_index + 1]),
+    )
+    sampled = torch.tensor([20.0, 20, 60, 60]).repeat(2, 5, 1)
+    gt_boxes = torch.tensor([30.0, 20, 49, 59]).repeat(2, 4, 1)
+    own = (torch.arange(4) < 1).repeat(2, 1)
+    foreground = torch.ones(2, 3, dtype=torch.bool)
+    targets, valid = mask_targets(sampled[:, :3], foreground, gt_boxes, own, masks, 20)
+    assert valid.all()
+    expected = np.zeros((20, 20), np.uint8)
+    expected[:, 5:15] = 1
+    for i, target in enumerate(targets.numpy()):
+        np.testing.assert_array_equal(target, expected if i < 3 else 1 - expected)
+
+
 def test_crops_beyond_the_image_are_empty_there():
     bitmask = torch.ones(1, 10, 10, dtype=torch.uint8)
     crop = crop_bitmasks(bitmask, torch.zeros(1).long(), torch.tensor([[-10.0, 0, 10, 20]]), 4)
