@@ -106,7 +106,8 @@ def complete(scored: COCOeval, whole: Arrays) -> COCOeval:
 
 def ground_truth(coco: COCO, image_ids: Sequence, kind: str) -> COCO:
     """A copy of the images' annotations that an evaluator may write to. For keypoints, of the
-    categories that have any, objects without keypoints count as having none labelled."""
+    categories that have any, objects without keypoints count as having none labelled; for masks
+    as of `with_mask`."""
     categories = coco.dataset["categories"]
     if kind == "keypoints":
         # Files of one category need not name its points.
@@ -123,6 +124,8 @@ def ground_truth(coco: COCO, image_ids: Sequence, kind: str) -> COCO:
         for annotation in annotations:
             points = annotation.setdefault("keypoints", [0] * numbers)
             annotation.setdefault("num_keypoints", int(np.count_nonzero(points[2::3])))
+    if kind == "segm":
+        annotations = [with_mask(annotation) for annotation in annotations]
     truth = COCO()
     truth.dataset = {
         "info": {},
@@ -133,6 +136,20 @@ def ground_truth(coco: COCO, image_ids: Sequence, kind: str) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
     return truth
+
+
+def with_mask(annotation: dict[str, Any]) -> dict[str, Any]:
+    """An annotation as mask metrics take it: without polygons of fewer than 3 points. An object
+    that has no mask is a crowd that fills its box: what is found there is neither right nor wrong.
+    """
+    segm = annotation["segmentation"]
+    polygons = segm if isinstance(segm, dict) else [p for p in segm if len(p) >= 6]
+    if not polygons:
+        left, top, width, height = annotation["bbox"]
+        right, bottom = left + width, top + height
+        box = [left, top, left, bottom, right, bottom, right, top]
+        return annotation | {"segmentation": [box], "iscrowd": 1}
+    return annotation if len(polygons) == len(segm) else annotation | {"segmentation": polygons}
 
 
 def keypoint_sigmas(coco: COCO) -> np.ndarray | None:
@@ -170,6 +187,8 @@ def objects_of(coco: COCO, positions: Sequence[int], kind: str, params: Params) 
             if annotation["category_id"] in number_of:
                 annotations.append(annotation)
                 images.append(position)
+    if kind == "segm":
+        annotations = [with_mask(annotation) for annotation in annotations]
     crowd = np.array([annotation.get("iscrowd", 0) for annotation in annotations], dtype=bool)
     boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
     ignored, shapes = crowd, boxes

@@ -80,8 +80,10 @@ def polys_to_boxes(polys: Sequence[list]) -> np.ndarray:
 
 
 def polys_to_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
-    """Rasterise the union of polygons with pycocotools' rules: uint8 (height, width), 0 or 1."""
-    if len(polygons) == 0:
+    """Rasterise the union of polygons with pycocotools' rules: uint8 (height, width), 0 or 1.
+    Those of fewer than 3 points are left out."""
+    polygons = [p for p in polygons if len(p) >= 6]
+    if not polygons:
         return np.zeros((height, width), dtype=np.uint8)
     rles = mask_util.frPyObjects([np.asarray(p).tolist() for p in polygons], height, width)
     return mask_util.decode(mask_util.merge(rles))

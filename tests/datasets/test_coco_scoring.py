@@ -118,6 +118,43 @@ def test_nothing_found_is_scored(tiny_dataset, cfg):
     assert reference.stats[0] == 0
 
 
+@pytest.mark.parametrize("segmentation", [[], [[10, 20, 40, 20]]])
+def test_objects_without_a_mask_are_neither_right_nor_wrong(tiny_files, cfg, segmentation):
+    def change(data):
+        data["annotations"][0]["segmentation"] = segmentation
+        data["annotations"][3]["segmentation"].append([10, 30, 35, 50])
+
+    whole = JsonDataset(resolve_dataset(tiny_files.spec).test_names[0])
+    results = [
+        {
+            "image_id": annotation["image_id"],
+            "category_id": annotation["category_id"],
+            "segmentation": whole.COCO.annToRLE(annotation),
+            "bbox": annotation["bbox"],
+            "score": 0.9,
+        }
+        for annotation in whole.COCO.dataset["annotations"]
+        if not annotation["iscrowd"]
+    ]
+    found = whole.COCO.anns[11]
+    beside = found | {"segmentation": [[60.0, 0, 90, 0, 90, 10, 60, 10]]}
+    results.append(results[0] | {"segmentation": whole.COCO.annToRLE(beside), "score": 0.95})
+    with_it, _ = both(whole, results, "segm")
+    tiny_files.edit(change)
+    dataset = JsonDataset(resolve_dataset(tiny_files.spec).test_names[0])
+    assert dataset.COCO.anns[11]["segmentation"] == segmentation
+    fast, reference = both(dataset, results, "segm")
+    assert_equal(fast, reference)
+    before, after = with_it.eval["precision"], fast.eval["precision"]
+    dog, cat = 0, 1  # in the order of their ids
+    assert 0 < before[0, :, cat, 0, 2].mean() < 1  # what is beside the cat is wrong
+    assert (after[:, :, cat] == -1).all()  # no cat is left to be found
+    np.testing.assert_array_equal(after[:, :, dog], before[:, :, dog])
+    boxes, reference = both(dataset, results, "bbox")
+    assert_equal(boxes, reference)
+    assert boxes.eval["precision"][0, :, cat, 0, 2].max() > 0
+
+
 def test_the_key_chooses_and_the_pickle_is_pycocotools(tiny_dataset, cfg, tmp_path, monkeypatch):
     dataset = JsonDataset(tiny_dataset.train_names[0])
     boxes = [[[] for _ in dataset.image_ids] for _ in dataset.classes]

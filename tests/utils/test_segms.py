@@ -76,6 +76,7 @@ def test_extent_of_a_mask():
 
 def test_no_polygon_is_an_empty_mask():
     assert segm_utils.polys_to_mask([], 5, 6).sum() == 0
+    assert segm_utils.polys_to_mask([[1, 1, 4, 1]], 5, 6).sum() == 0  # not a box, as pycocotools
 
 
 @pytest.mark.parametrize("axis", [0, 1])
