@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def _check(data: Any, path: Path) -> None:
         raise UserError(f"annotation file {path} lists no images; name one that does")
     _require(data["images"], ("id", "file_name", "height", "width"), "image", path)
     _require(data["categories"], ("id", "name"), "category", path)
+    _require_own_ids(data["images"], "image", "file_name", path)
+    _require_own_ids(data["categories"], "category", "name", path)
     for image in data["images"]:
         if not all(isinstance(image[side], int) and image[side] > 0 for side in _SIDES):
             raise UserError(
@@ -111,7 +114,7 @@ def _check(data: Any, path: Path) -> None:
             )
         bbox = ann["bbox"]
         is_box = isinstance(bbox, list) and len(bbox) == 4
-        if not is_box or not all(isinstance(v, (int, float)) for v in bbox):
+        if not is_box or not all(isinstance(v, (int, float)) and isfinite(v) for v in bbox):
             raise UserError(f"annotation file {path}: bbox of {label} is not [x, y, width, height]")
         ann.setdefault("iscrowd", 0)
         if ann.get("segmentation") is None:
@@ -124,6 +127,17 @@ def _check(data: Any, path: Path) -> None:
         logger.info("Annotation ids of %s are missing, repeated or 0: renumbered from 1", path)
         for position, ann in enumerate(annotations):
             ann["id"] = position + 1
+
+
+def _require_own_ids(items: list[dict], what: str, name: str, path: Path) -> None:
+    first: dict[Any, dict] = {}
+    for item in items:
+        other = first.setdefault(item["id"], item)
+        if other is not item:
+            raise UserError(
+                f"annotation file {path} lists {what} id {item['id']} twice, for {other[name]} and "
+                f"{item[name]}; give each {what} an id of its own"
+            )
 
 
 def _require(items: list, keys: tuple[str, ...], what: str, path: Path) -> None:

@@ -209,6 +209,10 @@ def first(section, **changes):
         (first("annotations", bbox=[1, 2, 3]), "bbox of annotation 11 is not"),
         (first("annotations", bbox=None), "bbox of annotation 11 is not"),
         (first("annotations", bbox=[1, 2, 3, "4"]), "bbox of annotation 11 is not"),
+        (first("annotations", bbox=[1, 2, float("nan"), 4]), "bbox of annotation 11 is not"),
+        (first("annotations", bbox=[1, 2, 3, float("inf")]), "bbox of annotation 11 is not"),
+        (first("images", id=2), "image id 2 twice, for 1.png and 2.png"),
+        (first("categories", id=3), "category id 3 twice, for cat and dog"),
         (first("annotations", segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotation 11 has a polygon"),
         (first("annotations", segmentation=[1, 2, 3, 4, 5, 6]), "annotation 11 has a polygon"),
         (
