@@ -265,11 +265,11 @@ def load_ckpt(
         predictors_only = not (missing or unexpected) and all(
             is_class_predictor(n, own, state) for n in mismatched
         )
-        advice = (
-            "its data set has another number of classes (MODEL.NUM_CLASSES)"
-            if predictors_only
-            else "use the config and data set it was trained with"
-        )
+        advice = "use the config and data set it was trained with"
+        if predictors_only:
+            advice = "its data set has another number of classes (MODEL.NUM_CLASSES)"
+            if all("bbox_pred" in name for name in mismatched):
+                advice = "set MODEL.CLS_AGNOSTIC_BBOX_REG as in its training"
         raise UserError(
             f"{source} is not a checkpoint of this model: "
             f"{'; '.join(filter(None, problems))}: {advice}"

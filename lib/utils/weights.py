@@ -229,11 +229,14 @@ def _cannot_read(path: Path, error: Exception, kind: str) -> str:
         return f"{path} is empty: copy or download it again"
     if _is_other_kind(path, kind):
         return f"{path} is not {kind}"
+    if path.suffix == ".pkl" and "pkl" not in kind:
+        return f"{path} is not {kind}: Detectron's weights are for --load_detectron"
     reason = " ".join(str(error).split()) or type(error).__name__
     # Around it torch advises how to load without the protection, which nobody should.
     for advice in ("trusted source.", "WeightsUnpickler error:"):
         reason = reason.rpartition(advice)[2].strip()
-    reason = reason.partition(" Check the documentation")[0]
+    for advice in (" Check the documentation", " Please use"):
+        reason = reason.partition(advice)[0]
     reason = reason if len(reason) <= 160 else f"{reason[:157]}..."
     return f"{path} is damaged or not {kind} ({reason}): copy or download it again"
 

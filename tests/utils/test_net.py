@@ -201,6 +201,14 @@ def test_other_classes_are_an_error_unless_fine_tuning(tmp_path, caplog):
     assert "skipped, made for another number of classes: Box_Outs.cls_score.weight" in caplog.text
 
 
+def test_box_regression_of_another_kind_is_named(tmp_path):
+    source, model = Detector(num_classes=5), Detector(num_classes=5)
+    save(tmp_path / "a.pth", source, net_utils.build_optimizer(source, solver()))
+    model.Box_Outs["bbox_pred"] = nn.Linear(model.Box_Outs["bbox_pred"].in_features, 8)
+    with pytest.raises(UserError, match=r"set MODEL\.CLS_AGNOSTIC_BBOX_REG"):
+        net_utils.load_ckpt(model, tmp_path / "a.pth")
+
+
 def test_fine_tuning_onto_other_keypoints_skips_their_layers(tmp_path):
     class Points(nn.Module):
         def __init__(self, count):

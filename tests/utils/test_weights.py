@@ -47,6 +47,12 @@ class Malicious:
         return os.mkdir, (str(self.target),)
 
 
+def test_detectron_weights_in_place_of_a_checkpoint_are_told_where_they_belong(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"blobs": BLOBS}, 2))
+    with pytest.raises(UserError, match=r"a\.pkl is not a PyTorch .*: .* --load_detectron"):
+        read_torch_file(tmp_path / "a.pkl")
+
+
 def test_code_in_a_weight_file_is_not_run(tmp_path):
     bad = tmp_path / "bad.pkl"
     bad.write_bytes(pickle.dumps({"blobs": {**BLOBS, "x": Malicious(tmp_path / "made")}}))
