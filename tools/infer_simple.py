@@ -8,7 +8,14 @@ from pathlib import Path
 
 import _init_paths  # noqa: F401  (puts lib/ on the path)
 from core.errors import UserError, exit_on_user_error
-from core.infer_engine import InferOptions, infer_images, infer_video
+from core.infer_engine import (
+    InferOptions,
+    image_outputs,
+    infer_images,
+    infer_video,
+    refuse_overwriting,
+    video_outputs,
+)
 from core.predictor import Predictor
 from utils.device import pick_devices
 from utils.image_sources import images_in, images_named
@@ -69,6 +76,13 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--recursive is for --image_dir")
 
 
+def files_named(args: argparse.Namespace) -> list[str]:
+    """The files besides images that flags name to be read."""
+    annotations = args.dataset.partition(".json:")[0] + ".json"
+    named = (args.video, args.cfg_file, args.load_ckpt, args.load_detectron, args.dataset)
+    return [name for name in (*named, annotations) if name]
+
+
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
@@ -79,6 +93,23 @@ def main(argv: list[str] | None = None) -> int:
         images = images_in(args.image_dir, args.recursive)
     elif args.images:
         images = images_named(args.images, sys.stdin)
+    options = InferOptions(
+        thresh=args.thresh,
+        kp_thresh=args.kp_thresh,
+        picture_format=args.format,
+        merge=args.merge_pdfs == "True",
+        json=args.json,
+        html=args.html,
+    )
+    folder = Path(args.output_dir)
+    name = Path(args.video).stem if args.video is not None else f"camera_{args.camera}"
+    video = args.output or folder / f"{name}.mp4"
+    if images is not None:
+        outputs = image_outputs(images, folder, options)
+    else:
+        outputs = video_outputs(video, options)
+    # Before the model is loaded: a slip in a path is known at once.
+    refuse_overwriting(outputs, [*(images or []), *files_named(args)])
     predictor = Predictor(
         args.cfg_file,
         args.load_ckpt or args.load_detectron,
@@ -89,15 +120,6 @@ def main(argv: list[str] | None = None) -> int:
         options=args.set_cfgs,
         detectron=bool(args.load_detectron),
     )
-    options = InferOptions(
-        thresh=args.thresh,
-        kp_thresh=args.kp_thresh,
-        picture_format=args.format,
-        merge=args.merge_pdfs == "True",
-        json=args.json,
-        html=args.html,
-    )
-    folder = Path(args.output_dir)
     if images is not None:
         problems = infer_images(predictor, images, folder, options)
         for problem in problems:
@@ -108,8 +130,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         return 0
     source = args.video if args.camera is None else args.camera
-    name = f"camera_{source}" if args.camera is not None else Path(source).stem
-    for problem in infer_video(predictor, source, args.output or folder / f"{name}.mp4", options):
+    for problem in infer_video(predictor, source, video, options):
         raise UserError(problem)
     return 0
 

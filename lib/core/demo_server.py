@@ -126,7 +126,13 @@ def demo_app(
 
 
 def free_socket(host: str, port: int) -> socket.socket:
-    """A socket that is bound to an address; UserError if the port is in use or not allowed."""
+    """A socket that is bound to an address; UserError if the port is in use or not allowed.
+
+    port: 0 is any that is free.
+    """
+    # The system would take such a number modulo 65536.
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port must be 0 (any free port) to 65535, not {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

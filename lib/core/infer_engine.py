@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,31 @@ class InferOptions:
     html: bool = False
 
 
+def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:
+    """Raise UserError if a file to be written is one that is read, by whatever path or link."""
+    there = {key: path for path in outputs if (key := _identity(path)) is not None}
+    for path in inputs if there else ():
+        if (key := _identity(path)) in there:
+            raise UserError(
+                f"{there[key]} would overwrite {path}, which is read: choose another "
+                "--output_dir, or --output for a video"
+            )
+
+
+def image_outputs(images: Sequence[Path], folder: Path, options: InferOptions) -> list[Path]:
+    """What `infer_images` writes: a picture for each image, in their order, then the rest."""
+    names = picture_names(images, options.picture_format, taken={MERGED})
+    if options.picture_format == "pdf" and options.merge:
+        names.append(MERGED)
+    names += [RESULTS] * options.json + [GALLERY] * options.html
+    return [folder / name for name in names]
+
+
+def video_outputs(output: Path, options: InferOptions) -> list[Path]:
+    """What `infer_video` writes: the video, then the rest."""
+    return [output, output.parent / f"{output.stem}.json"] if options.json else [output]
+
+
 def infer_images(
     predictor: Predictor, images: Sequence[Path], folder: Path, options: InferOptions
 ) -> list[str]:
@@ -64,7 +90,7 @@ def infer_images(
         UserError: none of the files can be read, or the folder cannot be written to.
     """
     make_folder(folder)
-    names = picture_names(images, options.picture_format, taken={MERGED})
+    pictures = image_outputs(images, folder, options)
     problems: list[str] = []
     done: dict[int, tuple[list[dict], dict | None]] = {}
     ids = image_ids(images)
@@ -80,10 +106,10 @@ def infer_images(
     def finish(index: int, image: np.ndarray, result: Result) -> tuple[int, list[dict], Any]:
         layout = result.layout(options.thresh, options.kp_thresh)
         try:
-            write_picture(image, layout, folder / names[index])
+            write_picture(image, layout, pictures[index])
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"cannot write {folder / names[index]} ({reason})") from error
+            raise UserError(f"cannot write {pictures[index]} ({reason})") from error
         file = str(images[index])
         entries = coco_results(result, ids[index], file) if options.json else []
         return index, entries, _gallery_item(file, image, result) if options.html else None
@@ -96,7 +122,7 @@ def infer_images(
         raise UserError(f"none of the images can be read; the first: {problems[0]}")
     order = sorted(done)
     if options.picture_format == "pdf" and options.merge:
-        merge_pdfs([folder / names[index] for index in order], folder / MERGED)
+        merge_pdfs([pictures[index] for index in order], folder / MERGED)
     if options.json:
         write_json(folder / RESULTS, [entry for index in order for entry in done[index][0]])
     if options.html:
@@ -154,7 +180,7 @@ def infer_video(
         if not progress.done:
             raise UserError(f"{video.name} holds no frame that can be read.")
     if options.json:
-        write_json(output.with_suffix(".json"), entries)
+        write_json(video_outputs(output, options)[1], entries)
     logger.info("%d frames in %s", progress.done, output.resolve())
     problem = video.missing()
     return [problem] if problem else []
@@ -201,6 +227,15 @@ def write_json(path: Path, content: Any) -> None:
     with atomic_write(path) as file:
         file.write(json.dumps(content).encode())
     logger.info("%d detections in %s", len(content), path.resolve())
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    # One look at each file: cheap for tens of thousands, and links and other spellings are seen.
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _gallery_item(name: str, image: np.ndarray, result: Result) -> dict[str, Any]:

@@ -95,6 +95,52 @@ def test_bad_input_is_one_sentence(infer, tmp_path, capfd, flags, sentence):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "source"),
+    [
+        (("--image_dir", "p", "--output_dir", "p", "--format", "jpg"), "p/a.jpg"),
+        (("--images", "link.jpg", "--output_dir", "other", "--format", "jpg"), "link.jpg"),
+        (("--images", "p/a.jpg", "a.pdf", "--output_dir", "."), "a.pdf"),
+        (("--images", "p/a.jpg", "results.pdf", "--output_dir", "."), "results.pdf"),
+        (("--images", "gallery.html", "--output_dir", ".", "--html"), "gallery.html"),
+        (("--images", "detections.json", "--output_dir", ".", "--json"), "detections.json"),
+        (("--video", "v.mp4", "--output_dir", "."), "v.mp4"),
+        (("--video", "v.mp4", "--output", "p/../v.mp4"), "v.mp4"),
+        (("--video", "v.mp4", "--output", "tiny/tiny.mp4", "--json"), "tiny/tiny.json"),
+    ],
+)
+def test_no_file_that_is_read_is_written(infer, tmp_path, monkeypatch, capsys, flags, source):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(infer_simple, "Predictor", lambda *_, **__: pytest.fail("it was loaded"))
+    (tmp_path / "p").mkdir()
+    files = ("p/a.jpg", "a.pdf", "results.pdf", "gallery.html", "detections.json", "v.mp4")
+    for name in files:
+        (tmp_path / name).write_text(name)
+    (tmp_path / "link.jpg").symlink_to("p/a.jpg")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/link.jpg").symlink_to("../p/a.jpg")
+    assert infer(*flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "would overwrite" in line
+    assert f"{source}, which is read" in line
+    assert [(tmp_path / name).read_text() for name in files] == list(files)
+
+
+def test_pictures_may_go_beside_photos_of_other_names(infer, photos):
+    assert infer("--image_dir", photos, "--output_dir", photos, "--format", "png") == 2
+    (photos / "b.png").unlink()
+    assert infer("--image_dir", photos, "--output_dir", photos, "--format", "png") == 0
+    assert names(photos) == {"a.jpg", "a.png", "deeper"}
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_the_demo_page_refuses_a_port_that_there_is_not(port, capsys):
+    flags = ["--dataset", "coco2017", "--cfg", "no.yaml", "--load_ckpt", "no.pth"]
+    assert demo_server.main([*flags, "--port", str(port)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: --port must be 0 (any free port) to 65535, not {port}"
+
+
 def test_the_demo_page_says_that_its_port_is_in_use_before_it_loads_anything(capsys):
     with free_socket("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
