@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import _init_paths  # noqa: F401  (puts lib/ on the path)
 from core.config import merge_cfg_from_file, read_config
 from core.config_yaml import dump_yaml, nested
-from core.errors import exit_on_user_error
+from core.errors import UserError, exit_on_user_error
 from utils.logging import setup_logging
-from utils.run_dir import make_folder
 from utils.weights import atomic_write
 
 
@@ -28,9 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     logger = setup_logging("convert_config")
     merge_cfg_from_file(args.input)  # checks every key and value, and says what is translated
     text = dump_yaml(nested(read_config(args.input)))
-    make_folder(args.output.parent)
-    with atomic_write(args.output) as file:
-        file.write(text.encode())
+    if os.path.isdir(args.output):
+        raise UserError(f"cannot write {args.output}, which is a folder: name a file")
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(args.output) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {args.output}: {error.strerror}") from error
     logger.info("wrote %s", args.output)
     return 0
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 import _init_paths  # noqa: F401 - puts lib/ on the path
 from core.errors import UserError, exit_on_user_error
+from utils.weights import atomic_write
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -32,6 +34,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.images < 1:
+        raise UserError(f"--images must be at least 1, not {args.images}")
+    if os.path.isdir(args.target):
+        raise UserError(f"cannot write {args.target}, which is a folder: name a file")
+    both_exist = os.path.exists(args.source) and os.path.exists(args.target)
+    if both_exist and os.path.samefile(args.source, args.target):
+        raise UserError(f"{args.target} would overwrite {args.source}: name another file to write")
     try:
         source = json.loads(args.source.read_text())
         images, annotations = source["images"], source["annotations"]
@@ -51,8 +60,13 @@ def main(argv: list[str] | None = None) -> None:
     chosen = chosen[: args.images]
     ids = {image["id"] for image in chosen}
     kept = [a for a in annotations if a["image_id"] in ids]
-    args.target.parent.mkdir(parents=True, exist_ok=True)
-    args.target.write_text(json.dumps({**source, "images": chosen, "annotations": kept}))
+    content = json.dumps({**source, "images": chosen, "annotations": kept})
+    try:
+        args.target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(args.target) as file:
+            file.write(content.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {args.target}: {error.strerror}") from error
     print(f"{args.target}: {len(chosen)} images, {len(kept)} objects")
 
 

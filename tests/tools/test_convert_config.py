@@ -60,3 +60,14 @@ def test_a_bad_config_writes_nothing(cfg, tmp_path, capsys):
     assert convert_config.main([str(source), str(tmp_path / "out.yaml")]) == 2
     assert "unknown config key TRAIN.SCALSE" in capsys.readouterr().err
     assert not (tmp_path / "out.yaml").exists()
+
+
+@pytest.mark.parametrize("target", ["", "file/out.yaml", "/proc/nope/out.yaml", "x" * 300])
+def test_a_place_that_cannot_be_written_to_is_one_sentence(target, cfg, tmp_path, capsys):
+    source = tmp_path / "in.yaml"
+    source.write_text("TRAIN: {SCALES: [500]}")
+    (tmp_path / "file").touch()
+    assert convert_config.main([str(source), f"{tmp_path / target}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot write {tmp_path / target}")
+    assert {file.name for file in tmp_path.iterdir()} == {"in.yaml", "file"}
