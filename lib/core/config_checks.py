@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from core.attr_dict import AttrDict
@@ -124,6 +125,14 @@ def _data_problems(cfg: AttrDict) -> Iterator[str]:
 
 def _schedule_problems(cfg: AttrDict) -> Iterator[str]:
     solver = cfg.SOLVER
+    for key, values in {
+        "SOLVER.BASE_LR (--lr)": [solver.BASE_LR],
+        "SOLVER.GAMMA (--lr_decay_gamma)": [solver.GAMMA],
+        "each of SOLVER.LRS": solver.LRS,
+    }.items():
+        # The value is left out: the batch size may have scaled what the user gave.
+        if not all(0 <= value < math.inf for value in values):
+            yield f"{key} must be a finite number of at least 0"
     if solver.LR_POLICY in ("steps_with_decay", "steps_with_lrs"):
         steps = list(solver.STEPS)
         if not steps or steps[0] != 0 or steps != sorted(steps):

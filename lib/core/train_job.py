@@ -206,6 +206,14 @@ def _merge_config(args: argparse.Namespace, device: torch.device) -> ResolvedDat
     if args.eval_period and not dataset.test_names:
         raise UserError(f"--eval_period: --dataset {args.dataset} has nothing to test on (`val`)")
     cfg.TRAIN.DATASETS, cfg.TEST.DATASETS = dataset.train_names, dataset.test_names
+    # A file's number may be that of other data; one on the command line is meant for these.
+    given = cfg.MODEL.NUM_CLASSES if "MODEL.NUM_CLASSES" in args.set_cfgs[::2] else -1
+    if given not in (-1, dataset.num_classes) and ranks.rank() == 0:
+        logger.warning(
+            "MODEL.NUM_CLASSES is %d, the number of --dataset with the background, not %d",
+            dataset.num_classes,
+            given,
+        )
     cfg.MODEL.NUM_CLASSES = dataset.num_classes
     cfg.CUDA = device.type == "cuda"
     if args.num_workers is not None:

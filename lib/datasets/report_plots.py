@@ -131,7 +131,8 @@ def _finish_curves(figure: Figure, axes: Axes) -> str:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("recall")
     axes.set_ylabel("precision")
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[1]:  # matplotlib warns of a legend of nothing
+        axes.legend(fontsize=8)
     return _svg(figure)
 
 

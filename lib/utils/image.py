@@ -28,7 +28,7 @@ def read_image(
     if image is None:
         raise UserError(
             f"image {os.fspath(path)} cannot be decoded ({len(data)} bytes); "
-            "replace the file or remove it from the annotations"
+            "replace the file or leave it out"
         )
     if size is not None and image.shape[:2] != tuple(size):
         (h, w), (stated_h, stated_w) = image.shape[:2], size

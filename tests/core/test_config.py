@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -310,6 +311,10 @@ class TestChecks:
             (["PIXEL_MEANS", "[1, 2]"], "PIXEL_MEANS must hold three numbers"),
             (["SOLVER.TYPE", "Adamw"], "SOLVER.TYPE is Adamw but must be one of SGD, Adam, AdamW"),
             (["SOLVER.LR_POLICY", "poly"], "SOLVER.LR_POLICY is poly"),
+            (["SOLVER.BASE_LR", -1.0], r"SOLVER.BASE_LR \(--lr\) must be a finite number"),
+            (["SOLVER.BASE_LR", math.nan], r"SOLVER.BASE_LR \(--lr\) must be a finite number"),
+            (["SOLVER.GAMMA", math.inf], r"SOLVER.GAMMA \(--lr_decay_gamma\) must be a finite"),
+            (["SOLVER.LRS", "[0.1, -0.1]"], "each of SOLVER.LRS must be a finite number"),
             (["SOLVER.STEPS", "[]"], "needs SOLVER.STEPS to rise from 0"),
             (["SOLVER.STEPS", "[0, 30, 20]"], "needs SOLVER.STEPS to rise from 0"),
             (["SOLVER.LR_POLICY", "steps_with_lrs"], "one rate in SOLVER.LRS"),

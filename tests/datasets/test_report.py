@@ -115,6 +115,16 @@ def test_nothing_found_still_makes_a_report(demo, tmp_path):
     assert html.count('class="pair"') == 6
 
 
+@pytest.mark.filterwarnings("error")
+def test_data_without_objects_still_make_a_report(demo, tmp_path):
+    for image in demo.COCO.imgToAnns.values():
+        image.clear()
+    demo.COCO.anns.clear()
+    demo.COCO.dataset["annotations"].clear()
+    nothing = [[[] for _ in demo.image_ids] for _ in demo.classes]
+    assert "<h2>Misses</h2>" in report(demo, nothing, nothing, tmp_path)
+
+
 def test_every_kind_of_mistake_has_its_name(tiny_dataset, cfg):
     """Image 1: a cat at 10, 20 of 30 x 40, a dog, a crowd of cats."""
     dataset = JsonDataset(tiny_dataset.train_names[0])

@@ -156,6 +156,19 @@ def test_flags_override_the_config_and_the_schedule_follows_the_batch(run, cfg, 
     assert seen["rate"](0) == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize(("given", "warned"), [(7, True), (4, False), (None, False)])
+def test_a_number_of_classes_that_is_not_the_datas_is_pointed_out(
+    run, cfg, monkeypatch, caplog, given, warned
+):
+    monkeypatch.setattr(train_job, "train", lambda *args: 0)
+    options = [] if given is None else ["MODEL.NUM_CLASSES", given]
+    assert run("--no_save", options=options) == 0
+    lines = [m for m in caplog.messages if "NUM_CLASSES" in m]
+    sentence = "MODEL.NUM_CLASSES is 4, the number of --dataset with the background, not 7"
+    assert lines == [sentence] * warned
+    assert cfg.MODEL.NUM_CLASSES == 4
+
+
 def test_bad_input_is_one_sentence_and_leaves_nothing_behind(run, tmp_path, capsys):
     baseline = "configs/baselines/e2e_mask_rcnn_R-50-FPN_1x.yaml"
     bad = tmp_path / "bad.pth"
@@ -171,6 +184,10 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(run, tmp_path, caps
         (["--disp_interval", 0], {}, "--disp_interval must be at least 1"),
         (["--start_step", -1], {}, "--start_step must be at least 0"),
         (["--nw", -1], {}, "DATA_LOADER.NUM_THREADS (--nw) must be at least 0"),
+        (["--lr", -1], {}, "SOLVER.BASE_LR (--lr) must be a finite number of at least 0"),
+        (["--lr", "nan"], {}, "SOLVER.BASE_LR (--lr) must be a finite number of at least 0"),
+        (["--lr", "inf"], {}, "SOLVER.BASE_LR (--lr) must be a finite number of at least 0"),
+        ([], {"options": ["SOLVER.BASE_LR", -1]}, "SOLVER.BASE_LR (--lr) must be a finite"),
         (["--output_dir", bad / "run"], {}, f"cannot make the folder {bad / 'run'}"),
         (["--device", "cuda:9"], {}, "--device cuda:9"),
         (["--load_ckpt", bad], {}, "bad.pth is damaged"),
