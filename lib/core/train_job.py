@@ -140,6 +140,12 @@ def _train(
     if folder is not None:
         make_folder(folder)
         log_to_file(folder / "log.txt")
+        if start.checkpoint is None and any((folder / "ckpt").glob("model_*.pth")):
+            logger.warning(
+                "%s has checkpoints of another training, which this one's replace step by step: "
+                "another --output_dir keeps them, --auto_resume goes on from the last",
+                folder,
+            )
         save_config_and_args(folder, cfg, vars(args))
     logger.info("schedule:\n%s", table)
     settings = TrainSettings.from_solver(

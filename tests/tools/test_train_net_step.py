@@ -78,7 +78,7 @@ def test_a_training_writes_checkpoints_settings_and_reports_and_can_be_resumed(r
         assert torch.equal(got[name], value), name
 
 
-def test_auto_resume_goes_on_evaluates_and_knows_the_end(run, tmp_path, capsys, caplog):
+def test_auto_resume_goes_on_evaluates_and_knows_the_end(run, tmp_path, caplog, monkeypatch):
     folder = tmp_path / "out"
     flags = ["--output_dir", folder, "--auto_resume", "--bs", 2, "--no_lr_scaling"]
     flags += ["--eval_period", 1, "--use_tfboard"]
@@ -99,6 +99,10 @@ def test_auto_resume_goes_on_evaluates_and_knows_the_end(run, tmp_path, capsys, 
     assert run(*flags, options=options) == 0
     assert "nothing is left to do" in caplog.text
     assert (ckpt / "model_step1.pth").stat().st_mtime_ns == before
+    assert "checkpoints of another training" not in caplog.text
+    monkeypatch.setattr(train_job, "train", lambda *_: 0)
+    assert run("--output_dir", folder, "--bs", 2, options=options) == 0
+    assert "checkpoints of another training" in caplog.text
 
 
 def test_epochs_are_counted_in_steps(run, tmp_path):
