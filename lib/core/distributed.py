@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from core.train_graphs import on_training_stream
 # Host-side talk may wait for rank 0 to read annotations or to evaluate; a process that dies closes
 # its connections, which ends the wait at once.
 _PATIENCE = timedelta(days=1)
+_FAREWELL = 30.0  # seconds
 _host_group: dist.ProcessGroup | None = None
 
 
@@ -77,6 +79,24 @@ def leave() -> None:
     if dist.is_initialized():
         _host_group = None
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def without_peers() -> Iterator[None]:
+    """In the block a GPU stops waiting for processes that may be gone; nothing is exchanged on it
+    after that.
+
+    Recorded exchanges have no time limit. The block drops the recordings: NCCL's abort ends what
+    is under way, then waits for them to go.
+    """
+    if not (dist.is_initialized() and torch.cuda.is_available()):
+        yield
+        return
+    backend = dist.group.WORLD._get_backend(torch.device("cuda"))
+    abort = threading.Thread(target=backend.abort, daemon=True)
+    abort.start()
+    yield
+    abort.join(_FAREWELL)
 
 
 def first_host(nodes: str) -> str:
@@ -234,6 +254,12 @@ class AgreedFlag:
             self._value, dist.ReduceOp.MAX, group=_host_group, async_op=True
         )
         return agreed
+
+    def settle(self) -> None:
+        """Wait until every rank has called `exchange` as often as this one; an error if one is
+        gone, for whom a GPU would wait without end."""
+        if self._work is not None:
+            self._work.wait()
 
     def finish(self) -> None:
         """Take in the last exchange, before the ranks part."""

@@ -44,6 +44,10 @@ class StopRequest:
         """
         return self._flag.exchange(self.received)
 
+    def settle(self) -> None:
+        """Wait until every rank has asked `agreed` after this step."""
+        self._flag.settle()
+
     def finish(self) -> None:
         """Wait for what `agreed` began; every rank calls it after its last step."""
         self._flag.finish()

@@ -165,7 +165,7 @@ def train(
     if restored is not None:
         loop.restore(restored)
     model.train()
-    step, signal = settings.start_step, 0
+    step, signal, failed = settings.start_step, 0, True
     try:
         with StopRequest() as stop, on_training_stream(*loop.devices_with_streams):
             batches = batches_on_devices(loader, model)
@@ -174,11 +174,12 @@ def train(
                 _set_rate(step, optimizer, rate, settings)
                 loop.step(step, batches)
                 signal = stop.agreed()
-                loop.after_step(step, rate, signal)
+                loop.after_step(step, rate, signal, stop)
                 if signal:
                     break
             stop.finish()
             loop.wait_for_checkpoint()
+        failed = False
     except BaseException as error:
         # The weights may be half updated or broken: they are not written.
         told = explained(error, loader, settings.batch_size, loop.blob_sizes)
@@ -190,7 +191,7 @@ def train(
         raise
     finally:
         stats.close()
-        loop.close()
+        loop.close(failed)
     if signal:
         logger.info("signal %d: stopped after step %d; --auto_resume goes on", signal, step)
     return signal
@@ -337,7 +338,7 @@ class _Loop:
         self._optimizer.zero_grad(set_to_none=True)
         return values
 
-    def after_step(self, step: int, rate: float, signal: int) -> None:
+    def after_step(self, step: int, rate: float, signal: int, stop: StopRequest) -> None:
         """Report, evaluate and save as far as it is time for it, or the last step."""
         settings = self._settings
 
@@ -346,12 +347,15 @@ class _Loop:
 
         first, end = step == settings.start_step, step + 1 == settings.max_iter
         last = end or signal > 0
-        if first or last or due(settings.disp_interval):
-            self._stats.report(step, rate)
         evaluating = settings.eval_period > 0 and (due(settings.eval_period) or end) and not signal
         saving = settings.ckpt_dir is not None and (
             last or evaluating or due(settings.snapshot_period)
         )
+        reporting = first or last or due(settings.disp_interval)
+        if reporting or saving:
+            stop.settle()
+        if reporting:
+            self._stats.report(step, rate)
         if (first or saving) and self._draw is not None and self._stats.wants_pictures:
             self._stats.add_pictures(step, self._draw(self._batch))
         if saving:
@@ -422,10 +426,11 @@ class _Loop:
         if self._writer is not None:
             self._writer.wait()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         if self._recorded is not None:
             logger.info("%s", self._recorded)
-            self._recorded.forget()
+            with ranks.without_peers() if failed else contextlib.nullcontext():
+                self._recorded.forget()
         if self._writer is not None:
             self._writer.close()
 

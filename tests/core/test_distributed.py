@@ -194,15 +194,15 @@ def test_a_failing_rank_ends_all_and_a_signal_to_one_stops_all(tmp_path):
 class OnGpu(Detector):
     """Waits for nothing, so that its steps are recorded."""
 
-    def forward(self, data, image_ids=None):
-        features = self.body(self.stem(data)).relu()
+    def forward(self, images, image_ids=None):
+        features = self.body(self.stem(images)).relu()
         return {
             "losses": {"loss_a": self.fc(features.mean(dim=(2, 3))).pow(2).mean()},
             "metrics": {},
         }
 
 
-def train_on_gpus_until_one_fails(folder, steps, failing_step, environment):
+def train_on_gpus_until_one_fails(folder, disp_interval, environment):
     os.environ.update(environment)
     launch = launch_from_environment()
     logging.basicConfig(filename=folder / f"log_{launch.rank}", level=logging.INFO)
@@ -212,27 +212,28 @@ def train_on_gpus_until_one_fails(folder, steps, failing_step, environment):
     module = place_model(OnGpu(), device)
 
     def loader():
-        for step in range(steps):
-            if (step, launch.rank) == (failing_step, 1):
+        for step in range(40):
+            if (step, launch.rank) == (30, 1):
                 raise KeyError("rank 1 fails")
-            yield {"data": [torch.ones(2, 3, 6, 8)], "image_ids": [[step]]}
+            yield {"images": [torch.ones(2, 3, 6, 8)], "image_ids": [[step]]}
 
     model = mynn.DataParallel(
         ranks.distribute(module), [device], cpu_keywords=["image_ids"], minibatch=True
     )
-    settings = TrainSettings(max_iter=steps, disp_interval=steps)
+    settings = TrainSettings(max_iter=40, disp_interval=disp_interval)
     optimizer = net_utils.build_optimizer(module, SOLVER)
-    stats = TrainingStats(steps, quiet=True, gather=ranks.gather_objects)
+    stats = TrainingStats(40, quiet=True, gather=ranks.gather_objects)
     train(model, optimizer, loader(), lambda step: 0.05, settings, stats)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("network", [False, True])
-def test_a_failing_rank_ends_one_whose_gpu_waits_for_it(tmp_path, network):
+@pytest.mark.parametrize(("network", "disp_interval"), [(False, 40), (True, 40), (False, 1)])
+def test_a_failing_rank_ends_one_whose_gpu_waits_for_it(tmp_path, network, disp_interval):
     as_if_on_two_machines = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
     environment = as_if_on_two_machines if network else {}
-    processes = start_ranks(2, train_on_gpus_until_one_fails, tmp_path, 40, 30, environment)
+    args = (tmp_path, disp_interval, environment)
+    processes = start_ranks(2, train_on_gpus_until_one_fails, *args)
     ended = exit_codes(processes, 60)
     for process in processes:
         process.kill()
