@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     logger = setup_logging("convert_config")
     merge_cfg_from_file(args.input)  # checks every key and value, and says what is translated
     text = dump_yaml(nested(read_config(args.input)))
-    if os.path.isdir(args.output):
-        raise UserError(f"cannot write {args.output}, which is a folder: name a file")
+    if os.path.exists(args.output) and not os.path.isfile(args.output):
+        raise UserError(f"cannot write {args.output}, which is no plain file: name one")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.output) as file:

@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.images < 1:
         raise UserError(f"--images must be at least 1, not {args.images}")
-    if os.path.isdir(args.target):
-        raise UserError(f"cannot write {args.target}, which is a folder: name a file")
+    if os.path.exists(args.target) and not os.path.isfile(args.target):
+        raise UserError(f"cannot write {args.target}, which is no plain file: name one")
     both_exist = os.path.exists(args.source) and os.path.exists(args.target)
     if both_exist and os.path.samefile(args.source, args.target):
         raise UserError(f"{args.target} would overwrite {args.source}: name another file to write")

@@ -105,7 +105,7 @@ def synthesise(dataset: JsonDataset, rng: np.random.Generator) -> dict[str, list
                 if found["segmentation"]:
                     key = image["file_name"], number
                     if key not in masks:
-                        masks[key] = coco.annToMask(found)
+                        masks[key] = coco.annToMask(coco_scoring.with_mask(found, image))
                     moved = np.roll(masks[key], shift[::-1].astype(int), (0, 1))
                     results["segm"].append(ids | {"segmentation": _text_rle(moved)})
                 if any(found.get("keypoints", ())):

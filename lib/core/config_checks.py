@@ -131,8 +131,9 @@ def _schedule_problems(cfg: AttrDict) -> Iterator[str]:
         "each of SOLVER.LRS": solver.LRS,
     }.items():
         # The value is left out: the batch size may have scaled what the user gave.
-        if not all(0 <= value < math.inf for value in values):
-            yield f"{key} must be a finite number of at least 0"
+        # YAML reads 1e-2 within a list as text.
+        if not all(isinstance(v, (int, float)) and 0 <= v < math.inf for v in values):
+            yield f"{key} must be a finite number of at least 0, as 0.01 or 1.0e-2"
     if solver.LR_POLICY in ("steps_with_decay", "steps_with_lrs"):
         steps = list(solver.STEPS)
         if not steps or steps[0] != 0 or steps != sorted(steps):

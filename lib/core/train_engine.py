@@ -374,14 +374,20 @@ class _Loop:
         if evaluating:
             try:
                 found = self._evaluate(ranks.bare(self._model.module))
-            except Exception:
+                restore_random_state(own_state, self._model.devices)
+                if found is not None:
+                    best = self._note_score(step, found)
+            except Exception as error:
+                logger.error(
+                    "the evaluation after step %d failed: %s: %s",
+                    step + 1,
+                    type(error).__name__,
+                    error,
+                )
                 self._write(step, states, False)
                 self.wait_for_checkpoint()
                 self.saved = step
                 raise
-            restore_random_state(own_state, self._model.devices)
-            if found is not None:
-                best = self._note_score(step, found)
         self._write(step, states, best)
 
     def _write(self, step: int, states: list[Any], best: bool) -> None:

@@ -140,10 +140,11 @@ def _train(
     if folder is not None:
         make_folder(folder)
         log_to_file(folder / "log.txt")
-        if start.checkpoint is None and any((folder / "ckpt").glob("model_*.pth")):
+        goes_on = start.source is not None and Path(start.source).parent == folder / "ckpt"
+        if not goes_on and any((folder / "ckpt").glob("model_step*.pth")):
             logger.warning(
-                "%s has checkpoints of another training, which this one's replace step by step: "
-                "another --output_dir keeps them, --auto_resume goes on from the last",
+                "%s has checkpoints of another training, which this one's of the same steps "
+                "replace: another --output_dir keeps them",
                 folder,
             )
         save_config_and_args(folder, cfg, vars(args))

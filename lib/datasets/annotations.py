@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def _check(data: Any, path: Path) -> None:
             )
         bbox = ann["bbox"]
         is_box = isinstance(bbox, list) and len(bbox) == 4
-        if not is_box or not all(isinstance(v, (int, float)) and isfinite(v) for v in bbox):
+        if not is_box or not all(isinstance(v, (int, float)) and abs(v) < inf for v in bbox):
             raise UserError(f"annotation file {path}: bbox of {label} is not [x, y, width, height]")
         ann.setdefault("iscrowd", 0)
         if ann.get("segmentation") is None:

@@ -29,6 +29,7 @@ from datasets.coco_matching import (
 from datasets.forked_pool import in_processes
 from utils.device import available_cpus
 from utils.keypoints import PERSON_KEYPOINTS
+from utils.segms import usable_polygons
 
 MOST_PROCESSES = 8  # more would take longer to start than they save
 RESULTS_OF_A_PROCESS = 20000  # below, a process takes longer to start than to score
@@ -125,7 +126,7 @@ def ground_truth(coco: COCO, image_ids: Sequence, kind: str) -> COCO:
             points = annotation.setdefault("keypoints", [0] * numbers)
             annotation.setdefault("num_keypoints", int(np.count_nonzero(points[2::3])))
     if kind == "segm":
-        annotations = [with_mask(annotation) for annotation in annotations]
+        annotations = [with_mask(a, coco.imgs[a["image_id"]]) for a in annotations]
     truth = COCO()
     truth.dataset = {
         "info": {},
@@ -138,15 +139,16 @@ def ground_truth(coco: COCO, image_ids: Sequence, kind: str) -> COCO:
     return truth
 
 
-def with_mask(annotation: dict[str, Any]) -> dict[str, Any]:
+def with_mask(annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
     """An annotation as mask metrics take it: without polygons of fewer than 3 points. An object
-    that has no mask is a crowd that fills its box: what is found there is neither right nor wrong.
-    """
+    that has no mask is a crowd that fills its box in the image: what is found there is neither
+    right nor wrong."""
     segm = annotation["segmentation"]
-    polygons = segm if isinstance(segm, dict) else [p for p in segm if len(p) >= 6]
+    polygons = segm if isinstance(segm, dict) else usable_polygons(segm)
     if not polygons:
-        left, top, width, height = annotation["bbox"]
-        right, bottom = left + width, top + height
+        x, y, width, height = annotation["bbox"]
+        left, right = (min(max(v, 0), image["width"]) for v in (x, x + width))
+        top, bottom = (min(max(v, 0), image["height"]) for v in (y, y + height))
         box = [left, top, left, bottom, right, bottom, right, top]
         return annotation | {"segmentation": [box], "iscrowd": 1}
     return annotation if len(polygons) == len(segm) else annotation | {"segmentation": polygons}
@@ -188,7 +190,7 @@ def objects_of(coco: COCO, positions: Sequence[int], kind: str, params: Params) 
                 annotations.append(annotation)
                 images.append(position)
     if kind == "segm":
-        annotations = [with_mask(annotation) for annotation in annotations]
+        annotations = [with_mask(a, coco.imgs[a["image_id"]]) for a in annotations]
     crowd = np.array([annotation.get("iscrowd", 0) for annotation in annotations], dtype=bool)
     boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
     ignored, shapes = crowd, boxes

@@ -18,6 +18,7 @@ from datasets.annotations import load_annotations
 from datasets.dataset_catalog import get_entry
 from datasets.entry import RoidbEntry, make_entry
 from datasets.proposals import ProposalFiles, add_proposals, load_proposals
+from utils.segms import usable_polygons
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ class JsonDataset:
             )
         if isinstance(segm, dict):
             return segm
-        return [np.array(p, dtype=np.float64) for p in segm if len(p) >= 6]
+        return [np.array(p, dtype=np.float64) for p in usable_polygons(segm)]
 
 
 _OUTSIDE = "objects outside their image"

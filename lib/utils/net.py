@@ -269,7 +269,9 @@ def load_ckpt(
         if predictors_only:
             advice = "its data set has another number of classes (MODEL.NUM_CLASSES)"
             if all("bbox_pred" in name for name in mismatched):
-                advice = "set MODEL.CLS_AGNOSTIC_BBOX_REG as in its training"
+                dense = mismatched[0].startswith("RetinaNet")
+                key = "RETINANET.CLASS_SPECIFIC_BBOX" if dense else "MODEL.CLS_AGNOSTIC_BBOX_REG"
+                advice = f"set {key} as in its training"
         raise UserError(
             f"{source} is not a checkpoint of this model: "
             f"{'; '.join(filter(None, problems))}: {advice}"

@@ -20,6 +20,11 @@ def is_rle(segm: Segmentation) -> bool:
     return isinstance(segm, dict)
 
 
+def usable_polygons(polygons: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """Those of 3 points and more. pycocotools takes one of 2 for a box."""
+    return [p for p in polygons if len(p) >= 6]
+
+
 def compress_rle(segm: dict[str, Any]) -> dict[str, Any]:
     """An RLE with `counts` as bytes, from uncompressed counts, text or bytes."""
     counts = segm["counts"]
@@ -82,7 +87,7 @@ def polys_to_boxes(polys: Sequence[list]) -> np.ndarray:
 def polys_to_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
     """Rasterise the union of polygons with pycocotools' rules: uint8 (height, width), 0 or 1.
     Those of fewer than 3 points are left out."""
-    polygons = [p for p in polygons if len(p) >= 6]
+    polygons = usable_polygons(polygons)
     if not polygons:
         return np.zeros((height, width), dtype=np.uint8)
     rles = mask_util.frPyObjects([np.asarray(p).tolist() for p in polygons], height, width)

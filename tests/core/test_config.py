@@ -315,6 +315,7 @@ class TestChecks:
             (["SOLVER.BASE_LR", math.nan], r"SOLVER.BASE_LR \(--lr\) must be a finite number"),
             (["SOLVER.GAMMA", math.inf], r"SOLVER.GAMMA \(--lr_decay_gamma\) must be a finite"),
             (["SOLVER.LRS", "[0.1, -0.1]"], "each of SOLVER.LRS must be a finite number"),
+            (["SOLVER.LRS", "['2e-2']"], "each of SOLVER.LRS must be a finite number"),
             (["SOLVER.STEPS", "[]"], "needs SOLVER.STEPS to rise from 0"),
             (["SOLVER.STEPS", "[0, 30, 20]"], "needs SOLVER.STEPS to rise from 0"),
             (["SOLVER.LR_POLICY", "steps_with_lrs"], "one rate in SOLVER.LRS"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from torch import nn
 
 import nn as mynn
 import utils.net as net_utils
+from core import checkpoints
 from core.errors import UserError
 from core.train_engine import Evaluation, TrainSettings, train
 from utils.training_stats import NonFiniteLossError, TrainingStats
@@ -251,7 +253,22 @@ def test_an_evaluation_that_fails_loses_no_step(tmp_path, caplog):
         run(tmp_path, max_iter=6, eval_period=4, evaluate=evaluate)
     assert net_utils.read_ckpt(tmp_path / "model_step3.pth")["step"] == 3
     assert (tmp_path / "last_checkpoint").read_text().strip() == "model_step3.pth"
+    assert "evaluation after step 4 failed: IndexError: an odd annotation" in caplog.text
     assert "stopped in step 3 by IndexError; its checkpoint is written" in caplog.text
+
+
+def test_an_evaluation_that_fails_on_a_full_disk_is_told(tmp_path, caplog, monkeypatch):
+    def evaluate(model):
+        raise IndexError("an odd annotation")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_torch_file", full)
+    with pytest.raises(UserError, match="cannot write a checkpoint"):
+        run(tmp_path, max_iter=6, eval_period=4, evaluate=evaluate)
+    assert "evaluation after step 4 failed: IndexError: an odd annotation" in caplog.text
+    assert "is written" not in caplog.text
 
 
 def test_a_full_gpu_and_a_dead_loader_process_are_one_sentence():

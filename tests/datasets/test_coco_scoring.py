@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from pycocotools import mask as mask_util
 from pycocotools.cocoeval import COCOeval
 
 from core.benchmark_eval import synthesise
@@ -145,6 +146,11 @@ def test_objects_without_a_mask_are_neither_right_nor_wrong(tiny_files, cfg, seg
     assert dataset.COCO.anns[11]["segmentation"] == segmentation
     fast, reference = both(dataset, results, "segm")
     assert_equal(fast, reference)
+    # As the processes that score during a test read them, not from `ground_truth`.
+    raw = coco_scoring.objects_of(dataset.COCO, [0, 1], "segm", fast.params)
+    assert raw.crowd.tolist() == [True, False, True, False]
+    areas = mask_util.area([raw.to_rle(annotation) for annotation in raw.shapes])
+    assert areas[0] == 30 * 40 and areas.min() > 0
     before, after = with_it.eval["precision"], fast.eval["precision"]
     dog, cat = 0, 1  # in the order of their ids
     assert 0 < before[0, :, cat, 0, 2].mean() < 1  # what is beside the cat is wrong
@@ -153,6 +159,13 @@ def test_objects_without_a_mask_are_neither_right_nor_wrong(tiny_files, cfg, seg
     boxes, reference = both(dataset, results, "bbox")
     assert_equal(boxes, reference)
     assert boxes.eval["precision"][0, :, cat, 0, 2].max() > 0
+
+
+@pytest.mark.parametrize("box", [[0, 0, 1e12, 1e12], [1e12, 5, 10, 10], [-1e12, 0, 5, 5]])
+def test_a_box_in_place_of_a_mask_ends_at_the_image(box):
+    annotation = {"bbox": box, "segmentation": [], "iscrowd": 0}
+    (polygon,) = coco_scoring.with_mask(annotation, {"width": 60, "height": 40})["segmentation"]
+    assert min(polygon) >= 0 and max(polygon[::2]) <= 60 and max(polygon[1::2]) <= 40
 
 
 def test_the_key_chooses_and_the_pickle_is_pycocotools(tiny_dataset, cfg, tmp_path, monkeypatch):

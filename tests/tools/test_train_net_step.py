@@ -100,6 +100,9 @@ def test_auto_resume_goes_on_evaluates_and_knows_the_end(run, tmp_path, caplog, 
     assert "nothing is left to do" in caplog.text
     assert (ckpt / "model_step1.pth").stat().st_mtime_ns == before
     assert "checkpoints of another training" not in caplog.text
+    again = ["--resume", "--load_ckpt", ckpt / "model_step0.pth", "--output_dir", folder]
+    assert run(*again, "--bs", 2, "--no_lr_scaling", options=options) == 0
+    assert "checkpoints of another training" not in caplog.text
     monkeypatch.setattr(train_job, "train", lambda *_: 0)
     assert run("--output_dir", folder, "--bs", 2, options=options) == 0
     assert "checkpoints of another training" in caplog.text
