@@ -200,7 +200,7 @@ class KindOfResults:
             shapes=shapes,
             score=scores[rows],
         )
-        objects = coco_scoring.objects_of(self.dataset.COCO, images, self.kind, params)
+        objects = coco_scoring.objects_of(self.unscored.cocoGt, images, self.kind, params)
         return match(objects, found, self.kind, params)
 
 

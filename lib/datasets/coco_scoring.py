@@ -181,7 +181,7 @@ def keypoint_sigmas(coco: COCO) -> np.ndarray | None:
 
 def objects_of(coco: COCO, positions: Sequence[int], kind: str, params: Params) -> Objects:
     """The objects of the classes to be scored in the images at these positions of
-    params.imgIds."""
+    params.imgIds; coco: of `ground_truth`."""
     number_of = {category: k for k, category in enumerate(params.catIds)}
     annotations, images = [], []
     for position in positions:
@@ -189,8 +189,6 @@ def objects_of(coco: COCO, positions: Sequence[int], kind: str, params: Params) 
             if annotation["category_id"] in number_of:
                 annotations.append(annotation)
                 images.append(position)
-    if kind == "segm":
-        annotations = [with_mask(a, coco.imgs[a["image_id"]]) for a in annotations]
     crowd = np.array([annotation.get("iscrowd", 0) for annotation in annotations], dtype=bool)
     boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
     ignored, shapes = crowd, boxes

@@ -70,18 +70,18 @@ def mask_targets(
     valid = foreground & masks.has_mask.gather(1, index)
     flat = index + torch.arange(num_images, device=index.device).unsqueeze(1) * num_objects
     flat = torch.where(valid, flat, -1).flatten()
+    boxes = rois.reshape(-1, 4)
     targets = ops.polygons_to_masks(
         masks.coords,
         masks.poly_offsets,
         masks.object_offsets,
-        rois.reshape(-1, 4),
+        boxes,
         flat,
         resolution,
     )
     if masks.bitmasks.shape[0]:
         bitmask = masks.bitmask_index.gather(1, index).flatten()
         bitmask = torch.where(valid.flatten(), bitmask, -1)
-        boxes = rois.reshape(-1, 4)
         cropped = crop_bitmasks(masks.bitmasks, bitmask.clamp(min=0), boxes, resolution)
         targets = torch.where((bitmask >= 0).view(-1, 1, 1), cropped, targets)
     return targets, valid.flatten()

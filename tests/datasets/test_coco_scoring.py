@@ -16,6 +16,7 @@ from core.benchmark_eval import synthesise
 from core.errors import UserError
 from datasets import coco_scoring, json_dataset_evaluator
 from datasets.coco_matching import Matches, accumulate, blank_sums, class_borders
+from datasets.coco_results import image_found
 from datasets.dataset_catalog import resolve_dataset
 from datasets.json_dataset import JsonDataset
 
@@ -119,6 +120,11 @@ def test_nothing_found_is_scored(tiny_dataset, cfg):
     assert reference.stats[0] == 0
 
 
+def found_rle(result: dict) -> dict:
+    rle = result["segmentation"]
+    return rle | {"counts": rle["counts"].decode()}
+
+
 @pytest.mark.parametrize("segmentation", [[], [[10, 20, 40, 20]]])
 def test_objects_without_a_mask_are_neither_right_nor_wrong(tiny_files, cfg, segmentation):
     def change(data):
@@ -146,11 +152,16 @@ def test_objects_without_a_mask_are_neither_right_nor_wrong(tiny_files, cfg, seg
     assert dataset.COCO.anns[11]["segmentation"] == segmentation
     fast, reference = both(dataset, results, "segm")
     assert_equal(fast, reference)
-    # As the processes that score during a test read them, not from `ground_truth`.
-    raw = coco_scoring.objects_of(dataset.COCO, [0, 1], "segm", fast.params)
-    assert raw.crowd.tolist() == [True, False, True, False]
-    areas = mask_util.area([raw.to_rle(annotation) for annotation in raw.shapes])
+    taken = coco_scoring.objects_of(fast.cocoGt, [0, 1], "segm", fast.params)
+    assert taken.crowd.tolist() == [True, False, True, False]
+    areas = mask_util.area([taken.to_rle(annotation) for annotation in taken.shapes])
     assert areas[0] == 30 * 40 and areas.min() > 0
+    # As the processes that score during a test match them.
+    of_kind = json_dataset_evaluator.kind_of_results(dataset, "segm")
+    boxes, segms = ([[] for _ in dataset.classes] for _ in range(2))
+    boxes[1], segms[1] = np.array([[10, 20, 39, 59, 0.9]], np.float32), [found_rle(results[0])]
+    part = of_kind.part([image_found(0, boxes, segms)])
+    assert np.unpackbits(part.matches.ignored).any() and (part.matches.objects[:, 1] == 0).all()
     before, after = with_it.eval["precision"], fast.eval["precision"]
     dog, cat = 0, 1  # in the order of their ids
     assert 0 < before[0, :, cat, 0, 2].mean() < 1  # what is beside the cat is wrong
