@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import _init_paths  # noqa: F401  (puts lib/ on the path)
 from core.config import merge_cfg_from_file, read_config
 from core.config_yaml import dump_yaml, nested
-from core.errors import UserError, exit_on_user_error
+from core.errors import exit_on_user_error
 from utils.logging import setup_logging
-from utils.weights import atomic_write
+from utils.run_dir import write_text
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -28,14 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     logger = setup_logging("convert_config")
     merge_cfg_from_file(args.input)  # checks every key and value, and says what is translated
     text = dump_yaml(nested(read_config(args.input)))
-    if os.path.exists(args.output) and not os.path.isfile(args.output):
-        raise UserError(f"cannot write {args.output}, which is no plain file: name one")
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(args.output) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise UserError(f"cannot write {args.output}: {error.strerror}") from error
+    write_text(args.output, text)
     logger.info("wrote %s", args.output)
     return 0
 

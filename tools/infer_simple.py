@@ -13,13 +13,13 @@ from core.infer_engine import (
     image_outputs,
     infer_images,
     infer_video,
-    refuse_overwriting,
     video_outputs,
 )
 from core.predictor import Predictor
 from utils.device import pick_devices
 from utils.image_sources import images_in, images_named
 from utils.logging import setup_logging
+from utils.run_dir import refuse_overwriting
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -78,9 +78,9 @@ def check(args: argparse.Namespace) -> None:
 
 def files_named(args: argparse.Namespace) -> list[str]:
     """The files besides images that flags name to be read."""
-    annotations = args.dataset.partition(".json:")[0] + ".json"
-    named = (args.video, args.cfg_file, args.load_ckpt, args.load_detectron, args.dataset)
-    return [name for name in (*named, annotations) if name]
+    annotations = args.dataset.partition(":")[0]  # of ANN.json:IMAGES, or all of a file's name
+    named = (args.video, args.cfg_file, args.load_ckpt, args.load_detectron, annotations)
+    return [name for name in named if name]
 
 
 @exit_on_user_error
@@ -109,7 +109,11 @@ def main(argv: list[str] | None = None) -> int:
     else:
         outputs = video_outputs(video, options)
     # Before the model is loaded: a slip in a path is known at once.
-    refuse_overwriting(outputs, [*(images or []), *files_named(args)])
+    refuse_overwriting(
+        outputs,
+        [*(images or []), *files_named(args)],
+        "choose another --output_dir, or --output for a video",
+    )
     predictor = Predictor(
         args.cfg_file,
         args.load_ckpt or args.load_detectron,

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 import _init_paths  # noqa: F401 - puts lib/ on the path
 from core.errors import UserError, exit_on_user_error
-from utils.weights import atomic_write
+from utils.run_dir import refuse_overwriting, write_text
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -36,11 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.images < 1:
         raise UserError(f"--images must be at least 1, not {args.images}")
-    if os.path.exists(args.target) and not os.path.isfile(args.target):
-        raise UserError(f"cannot write {args.target}, which is no plain file: name one")
-    both_exist = os.path.exists(args.source) and os.path.exists(args.target)
-    if both_exist and os.path.samefile(args.source, args.target):
-        raise UserError(f"{args.target} would overwrite {args.source}: name another file to write")
+    refuse_overwriting([args.target], [args.source], "name another file to write")
     try:
         source = json.loads(args.source.read_text())
         images, annotations = source["images"], source["annotations"]
@@ -60,13 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = chosen[: args.images]
     ids = {image["id"] for image in chosen}
     kept = [a for a in annotations if a["image_id"] in ids]
-    content = json.dumps({**source, "images": chosen, "annotations": kept})
-    try:
-        args.target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(args.target) as file:
-            file.write(content.encode())
-    except OSError as error:
-        raise UserError(f"cannot write {args.target}: {error.strerror}") from error
+    write_text(args.target, json.dumps({**source, "images": chosen, "annotations": kept}))
     print(f"{args.target}: {len(chosen)} images, {len(kept)} objects")
 
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,17 +50,6 @@ class InferOptions:
     merge: bool = True
     json: bool = False
     html: bool = False
-
-
-def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:
-    """Raise UserError if a file to be written is one that is read, by whatever path or link."""
-    there = {key: path for path in outputs if (key := _identity(path)) is not None}
-    for path in inputs if there else ():
-        if (key := _identity(path)) in there:
-            raise UserError(
-                f"{there[key]} would overwrite {path}, which is read: choose another "
-                "--output_dir, or --output for a video"
-            )
 
 
 def image_outputs(images: Sequence[Path], folder: Path, options: InferOptions) -> list[Path]:
@@ -228,15 +215,6 @@ def write_json(path: Path, content: Any) -> None:
     with atomic_write(path) as file:
         file.write(json.dumps(content).encode())
     logger.info("%d detections in %s", len(content), path.resolve())
-
-
-def _identity(path: str | Path) -> tuple[int, int] | None:
-    # One look at each file: cheap for tens of thousands, and links and other spellings are seen.
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
 def _gallery_item(name: str, image: np.ndarray, result: Result) -> dict[str, Any]:
